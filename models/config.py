@@ -6,6 +6,8 @@ Imports neither torch nor megatron-core.
 from dataclasses import dataclass
 from enum import Enum
 
+from parallel.config import ConfigError, below, not_positive
+
 
 class LayerNormPlacement(Enum):
     """Where the layer norms sit in a residual block, and how the residual is scaled."""
@@ -37,9 +39,11 @@ class Activation(Enum):
 class InitMethod(Enum):
     """Distribution of the linear weights before the variant's gain."""
 
-    xavier_normal = "xavier_normal"  # std sqrt(2 / (fan_in + fan_out)), full fans of each separate matrix
+    # std sqrt(2 / (fan_in + fan_out)), full fans of each separate matrix
+    xavier_normal = "xavier_normal"
     normal = "normal"  # std init_method_std everywhere
-    # TorchScale: U(-1/sqrt(fan_in), 1/sqrt(fan_in)); the gain multiplies biases too, and not a GLU's gate
+    # TorchScale: U(-1/sqrt(fan_in), 1/sqrt(fan_in)); the gain multiplies biases too, and not a
+    # GLU's gate
     torchscale = "torchscale"
 
 
@@ -71,3 +75,85 @@ class ModelConfig:
     attention_dropout: float = 0.0
     init_method: InitMethod = InitMethod.xavier_normal
     init_method_std: float = 0.02  # only with init_method=normal
+
+    @property
+    def query_groups(self) -> int:
+        """Key and value heads: `num_query_groups`, or one for each head."""
+        if self.num_query_groups is None:
+            return self.num_attention_heads
+        return self.num_query_groups
+
+    @property
+    def head_width(self) -> int:
+        """Width of one head: `kv_channels`, or the heads' share of the hidden size."""
+        if self.kv_channels is None:
+            return self.hidden_size // self.num_attention_heads
+        return self.kv_channels
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for what is wrong whatever the layout."""
+        sizes: dict[str, float] = {
+            "model.num_layers": self.num_layers,
+            "model.hidden_size": self.hidden_size,
+            "model.ffn_hidden_size": self.ffn_hidden_size,
+            "model.num_attention_heads": self.num_attention_heads,
+            "model.max_position_embeddings": self.max_position_embeddings,
+            "model.make_vocab_size_divisible_by": self.make_vocab_size_divisible_by,
+        }
+        for name, size in {
+            "model.num_query_groups": self.num_query_groups,
+            "model.kv_channels": self.kv_channels,
+            "model.vocab_size": self.vocab_size,
+        }.items():
+            if size is not None:
+                sizes[name] = size
+        problems = below(sizes, 1)
+        if not problems:  # the arithmetic below divides by the sizes
+            problems += self._heads_that_do_not_fit()
+        problems += not_positive(
+            {
+                "model.layernorm_epsilon": self.layernorm_epsilon,
+                "model.rotary_base": self.rotary_base,
+                "model.xpos_scale_base": self.xpos_scale_base,
+                "model.init_method_std": self.init_method_std,
+            }
+        )
+        for name, probability in {
+            "model.hidden_dropout": self.hidden_dropout,
+            "model.attention_dropout": self.attention_dropout,
+        }.items():
+            if not 0 <= probability < 1:
+                problems.append(f"{name}={probability} must be at least 0 and below 1; 0 is off")
+        if not self.name:
+            problems.append("model.name= is empty; it names the run's folder")
+        if problems:
+            raise ConfigError(*problems)
+
+    def _heads_that_do_not_fit(self) -> list[str]:
+        heads, hidden = self.num_attention_heads, self.hidden_size
+        problems = []
+        if self.kv_channels is None and hidden % heads:
+            problems.append(
+                f"model.num_attention_heads={heads} must divide model.hidden_size={hidden}; "
+                f"use {nearest_divisor(hidden, heads)} heads, or give the width of one head as "
+                "model.kv_channels"
+            )
+        elif self.position_embedding_type != PositionEmbedding.none and self.head_width % 2:
+            problems.append(
+                f"model.position_embedding_type={self.position_embedding_type.value} turns pairs "
+                f"of channels, and a head has an odd number of them: {self.head_width}; set "
+                f"model.kv_channels={self.head_width + 1}, or "
+                "model.position_embedding_type=none"
+            )
+        if heads % self.query_groups:
+            problems.append(
+                f"model.num_query_groups={self.query_groups} must divide "
+                f"model.num_attention_heads={heads}; use {nearest_divisor(heads, self.query_groups)}"
+            )
+        return problems
+
+
+def nearest_divisor(number: int, wish: int) -> int:
+    """The divisor of `number` closest to `wish`; the larger of two equally close."""
+    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    return min(divisors, key=lambda d: (abs(d - wish), -d))

@@ -1,10 +1,42 @@
-"""Settings of the parallel room: how many ranks along which axis, in which precision, with which optimizer.
+"""Settings of the parallel room: how many ranks along which axis, which precision and optimizer.
 
 Imports neither torch nor megatron-core, so that a launch can be checked in well under a second.
 """
 
+import math
 from dataclasses import dataclass
 from enum import Enum
+
+
+class ConfigError(ValueError):
+    """Broken rules of a configuration, one a line; `problems` holds the lines.
+
+    Every class of settings checks its own rules in `__post_init__`, collects what it finds and
+    raises once. A line names the setting as it is typed on the command line, its value, the rule,
+    and a value that works.
+    """
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+def below(settings: dict[str, float], minimum: int) -> list[str]:
+    """One line for each whole number in `settings` (as typed -> value) that is below `minimum`."""
+    return [
+        f"{name}={value} must be {minimum} or more"
+        for name, value in settings.items()
+        if value < minimum
+    ]
+
+
+def not_positive(settings: dict[str, float]) -> list[str]:
+    """One line for each number in `settings` (as typed -> value) that is not finite and above 0."""
+    return [
+        f"{name}={value} must be a finite number above 0"
+        for name, value in settings.items()
+        if not (math.isfinite(value) and value > 0)
+    ]
 
 
 class Precision(Enum):
@@ -59,6 +91,65 @@ class ParallelConfig:
     # seconds one collective may take during training
     collective_timeout_seconds: float = 600.0
 
+    def __post_init__(self) -> None:
+        """Raises ConfigError for what is wrong whatever the model and the world size."""
+        tensor = self.tensor_model_parallel_size
+        pipeline = self.pipeline_model_parallel_size
+        virtual = self.virtual_pipeline_model_parallel_size
+        problems = below(
+            {
+                "parallel.tensor_model_parallel_size": tensor,
+                "parallel.pipeline_model_parallel_size": pipeline,
+                "parallel.virtual_pipeline_model_parallel_size": virtual,
+                "parallel.context_parallel_size": self.context_parallel_size,
+                "parallel.recompute_num_layers": self.recompute_num_layers,
+            },
+            1,
+        )
+        problems += not_positive(
+            {
+                "parallel.startup_timeout_seconds": self.startup_timeout_seconds,
+                "parallel.collective_timeout_seconds": self.collective_timeout_seconds,
+            }
+        )
+        if self.context_parallel_size > 1:
+            problems.append(
+                f"parallel.context_parallel_size={self.context_parallel_size} must be 1: our "
+                "attention does not split the sequence over ranks yet"
+            )
+        if self.sequence_parallel and tensor == 1:
+            problems.append(
+                "parallel.sequence_parallel=true splits the sequence over the tensor-parallel "
+                "ranks, and parallel.tensor_model_parallel_size=1 has only one; use 2 or more, "
+                "or parallel.sequence_parallel=false"
+            )
+        if virtual > 1 and pipeline == 1:
+            problems.append(
+                f"parallel.virtual_pipeline_model_parallel_size={virtual} interleaves pipeline "
+                "stages, and parallel.pipeline_model_parallel_size=1 has only one; use 2 or more, "
+                "or parallel.virtual_pipeline_model_parallel_size=1"
+            )
+        if self.overlap_param_gather and not self.use_distributed_optimizer:
+            problems.append(
+                "parallel.overlap_param_gather=true gathers what the distributed optimizer has "
+                "sharded; it needs parallel.use_distributed_optimizer=true, not false"
+            )
+        if self.overlap_param_gather and not self.overlap_grad_reduce:
+            problems.append(
+                "parallel.overlap_param_gather=true needs parallel.overlap_grad_reduce=true, not "
+                "false: both hang on the same buckets"
+            )
+        if self.recompute_num_layers > 1 and self.recompute_granularity != (
+            RecomputeGranularity.full
+        ):
+            problems.append(
+                f"parallel.recompute_num_layers={self.recompute_num_layers} counts only with "
+                "parallel.recompute_granularity=full, not "
+                f"{self.recompute_granularity.value}; use 1, or recompute in full"
+            )
+        if problems:
+            raise ConfigError(*problems)
+
 
 @dataclass(kw_only=True)
 class OptimizerConfig:
@@ -70,3 +161,21 @@ class OptimizerConfig:
     adam_beta2: float = 0.98
     adam_eps: float = 1e-8
     clip_grad: float = 1.0  # global gradient norm; 0 switches clipping off
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError where AdamW's formula has no meaning."""
+        problems = not_positive({"optimizer.lr": self.lr, "optimizer.adam_eps": self.adam_eps})
+        for name, value in {
+            "optimizer.weight_decay": self.weight_decay,
+            "optimizer.clip_grad": self.clip_grad,
+        }.items():
+            if not (math.isfinite(value) and value >= 0):
+                problems.append(f"{name}={value} must be 0 or a finite number above")
+        for name, value in {
+            "optimizer.adam_beta1": self.adam_beta1,
+            "optimizer.adam_beta2": self.adam_beta2,
+        }.items():
+            if not 0 <= value < 1:
+                problems.append(f"{name}={value} must be at least 0 and below 1, as in 0.9")
+        if problems:
+            raise ConfigError(*problems)

@@ -3,12 +3,21 @@
 Imports neither torch nor megatron-core.
 """
 
+import math
 from dataclasses import dataclass, field
 from enum import Enum
 
 from data.config import DataConfig
 from models.config import ModelConfig
-from parallel.config import OptimizerConfig, ParallelConfig
+from models.parameter_count import padded_vocab_size
+from parallel.config import (
+    ConfigError,
+    OptimizerConfig,
+    ParallelConfig,
+    RecomputeGranularity,
+    below,
+)
+from parallel.rank_layout import RankLayout
 
 
 class DecayStyle(Enum):
@@ -39,6 +48,21 @@ class ScheduleConfig:
     lr_decay_steps: int | None = None  # None: train_steps
     min_lr: float = 0.0
 
+    def __post_init__(self) -> None:
+        problems = below({"schedule.lr_warmup_steps": self.lr_warmup_steps}, 0)
+        if self.lr_decay_steps is not None:
+            problems += below({"schedule.lr_decay_steps": self.lr_decay_steps}, 1)
+            if 1 <= self.lr_decay_steps < self.lr_warmup_steps:
+                problems.append(
+                    f"schedule.lr_decay_steps={self.lr_decay_steps} counts from step 0 and must "
+                    f"not end before schedule.lr_warmup_steps={self.lr_warmup_steps}; use "
+                    f"{self.lr_warmup_steps} or more"
+                )
+        if not (math.isfinite(self.min_lr) and self.min_lr >= 0):
+            problems.append(f"schedule.min_lr={self.min_lr} must be 0 or a finite number above")
+        if problems:
+            raise ConfigError(*problems)
+
 
 @dataclass(kw_only=True)
 class TrainConfig:
@@ -50,6 +74,24 @@ class TrainConfig:
     eval_interval: int = 100  # steps; 0: only at the start and the end
     eval_sequences: int = 64  # validation sequences per language, at most
 
+    def __post_init__(self) -> None:
+        problems = below(
+            {
+                "train.train_steps": self.train_steps,
+                "train.micro_batch_size": self.micro_batch_size,
+                "train.global_batch_size": self.global_batch_size,
+                "train.log_interval": self.log_interval,
+                "train.eval_sequences": self.eval_sequences,
+            },
+            1,
+        )
+        problems += below(
+            {"train.seed": self.seed, "train.eval_interval": self.eval_interval},
+            0,
+        )
+        if problems:
+            raise ConfigError(*problems)
+
 
 @dataclass(kw_only=True)
 class CheckpointConfig:
@@ -57,6 +99,17 @@ class CheckpointConfig:
     keep_last: int = 3  # older checkpoints are removed; 0 keeps all
     resume: Resume = Resume.auto
     load: str = ""  # another run's checkpoint folder to start from (weights and optimizer)
+
+    def __post_init__(self) -> None:
+        problems = below(
+            {
+                "checkpoint.save_interval": self.save_interval,
+                "checkpoint.keep_last": self.keep_last,
+            },
+            0,
+        )
+        if problems:
+            raise ConfigError(*problems)
 
 
 @dataclass(kw_only=True)
@@ -79,3 +132,162 @@ class PretrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
     run_dir: str = "runs/${model.name}"
+
+    def __post_init__(self) -> None:
+        # Hydra resolves the interpolation; a config made in Python has it resolved here
+        self.run_dir = self.run_dir.replace("${model.name}", self.model.name)
+        if not self.run_dir:
+            raise ConfigError(
+                f"run_dir= is empty; name the folder the run may write, as in "
+                f"run_dir=runs/{self.model.name}"
+            )
+
+    @property
+    def seq_length(self) -> int:
+        """Tokens in one training sequence."""
+        if self.data.seq_length is None:
+            return self.model.max_position_embeddings
+        return self.data.seq_length
+
+
+def validate(config: PretrainConfig, world_size: int) -> RankLayout:
+    """Checks what one room cannot check alone, and the layout against the number of processes.
+
+    The answer depends on the arguments only, so all ranks come to the same one before the first
+    collective. Returns the layout. Raises ConfigError with every broken rule.
+    """
+    layout = None
+    problems: list[str] = []
+    try:
+        layout = RankLayout.of(config.parallel, world_size)
+    except ConfigError as error:
+        problems += error.problems
+    problems += _tensor_parallel(config) + _pipeline_parallel(config) + _sequence(config)
+    if layout is not None:
+        problems += _batch(config, layout.data_parallel_size)
+    problems += _learning_rate(config)
+    if layout is None or problems:
+        raise ConfigError(*problems)
+    return layout
+
+
+def _tensor_parallel(config: PretrainConfig) -> list[str]:
+    model, size = config.model, config.parallel.tensor_model_parallel_size
+    # with the tokenizer's vocabulary still unknown, whatever it is has to fit after padding
+    multiple = model.make_vocab_size_divisible_by
+    padded = padded_vocab_size(model.vocab_size or multiple, multiple)
+    split = {
+        f"model.num_attention_heads={model.num_attention_heads}": model.num_attention_heads,
+        f"model.num_query_groups={model.query_groups}": model.query_groups,
+        f"model.ffn_hidden_size={model.ffn_hidden_size}": model.ffn_hidden_size,
+        f"model.make_vocab_size_divisible_by={multiple}"
+        if model.vocab_size is None
+        else f"the padded vocabulary of {padded}": padded,
+    }
+    if model.num_query_groups is None:  # as many as heads, and not typed by anyone
+        del split[f"model.num_query_groups={model.query_groups}"]
+    broken = [name for name, width in split.items() if width % size]
+    if not broken:
+        return []
+    return [
+        f"parallel.tensor_model_parallel_size={size} must divide {_and(broken)}; "
+        f"{_which_do(_divisors(math.gcd(*split.values())))}"
+    ]
+
+
+def _pipeline_parallel(config: PretrainConfig) -> list[str]:
+    parallel, layers = config.parallel, config.model.num_layers
+    pipeline = parallel.pipeline_model_parallel_size
+    virtual = parallel.virtual_pipeline_model_parallel_size
+    if layers % (pipeline * virtual):
+        if virtual == 1:
+            return [
+                f"parallel.pipeline_model_parallel_size={pipeline} must divide "
+                f"model.num_layers={layers}; {_which_do(_divisors(layers))}"
+            ]
+        pairs = [f"{p} x {layers // p}" for p in _divisors(layers)[1:]]
+        return [
+            f"parallel.pipeline_model_parallel_size={pipeline} x "
+            f"parallel.virtual_pipeline_model_parallel_size={virtual} must divide "
+            f"model.num_layers={layers}; at most {_and(pairs, 'or')}, or divisors of these"
+        ]
+    local = layers // (pipeline * virtual)
+    group = parallel.recompute_num_layers
+    if parallel.recompute_granularity is RecomputeGranularity.full and local % group:
+        return [
+            f"parallel.recompute_num_layers={group} must divide the {local} layers of one "
+            f"pipeline stage; {_which_do(_divisors(local))}"
+        ]
+    return []
+
+
+def _sequence(config: PretrainConfig) -> list[str]:
+    length, longest = config.seq_length, config.model.max_position_embeddings
+    typed = f"data.seq_length={length}"
+    problems = []
+    if length > longest:
+        problems.append(
+            f"{typed} must not exceed model.max_position_embeddings={longest}; use {longest} or "
+            "less, or a model made for longer sequences"
+        )
+    tensor = config.parallel.tensor_model_parallel_size
+    if config.parallel.sequence_parallel and length % tensor:
+        problems.append(
+            f"{typed} must be a multiple of parallel.tensor_model_parallel_size={tensor} under "
+            f"parallel.sequence_parallel=true; use {_neighbours(length, tensor)}"
+        )
+    return problems
+
+
+def _batch(config: PretrainConfig, data_parallel_size: int) -> list[str]:
+    train, parallel = config.train, config.parallel
+    unit = train.micro_batch_size * data_parallel_size
+    product = (
+        f"train.micro_batch_size={train.micro_batch_size} x data-parallel size {data_parallel_size}"
+    )
+    if parallel.virtual_pipeline_model_parallel_size > 1:
+        # megatron-core's interleaved schedule moves groups of as many micro-batches as stages
+        unit *= parallel.pipeline_model_parallel_size
+        product += (
+            f" x parallel.pipeline_model_parallel_size={parallel.pipeline_model_parallel_size} "
+            "(interleaved stages take micro-batches in groups of that many)"
+        )
+    if train.global_batch_size % unit == 0:
+        return []
+    return [
+        f"train.global_batch_size={train.global_batch_size} must be a multiple of {product} = "
+        f"{unit}; use {_neighbours(train.global_batch_size, unit)}"
+    ]
+
+
+def _learning_rate(config: PretrainConfig) -> list[str]:
+    schedule, steps, lr = config.schedule, config.train.train_steps, config.optimizer.lr
+    problems = []
+    if schedule.lr_warmup_steps > steps:
+        problems.append(
+            f"schedule.lr_warmup_steps={schedule.lr_warmup_steps} must not exceed "
+            f"train.train_steps={steps}; use {steps} or less, such as {steps // 10}"
+        )
+    if schedule.min_lr > lr:
+        problems.append(
+            f"schedule.min_lr={schedule.min_lr} must not exceed optimizer.lr={lr}; use {lr / 10:g}"
+        )
+    return problems
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def _neighbours(number: int, unit: int) -> str:
+    """The multiples of `unit` on both sides of `number`."""
+    below, above = number // unit * unit, (number // unit + 1) * unit
+    return f"{below} or {above}" if below else f"{above}"
+
+
+def _which_do(numbers: list[int]) -> str:
+    return "only 1 does" if numbers == [1] else f"{_and([str(n) for n in numbers])} do"
+
+
+def _and(words: list[str], conjunction: str = "and") -> str:
+    return f" {conjunction} ".join([", ".join(words[:-1]), words[-1]] if words[1:] else words)

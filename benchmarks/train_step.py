@@ -1,0 +1,304 @@
+"""Trains the same decoder in this project and in its peers, side by side, on a CPU.
+
+    python -m benchmarks.train_step --job small --rounds 3 --steps 6
+
+Every framework runs in its own process and its own virtual environment, in turns A B C, A B C, ...:
+on a shared machine a slow minute then falls on all of them. Each step is compared with an fp32
+matmul timed right before and after it in the same process. Prints a table; writes the figures of
+every single step as JSON, and the table as Markdown beside it. docs/benchmarks.md: how to read it.
+"""
+
+import argparse
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import median
+
+from benchmarks import peer_venvs
+from benchmarks.jobs import JOBS, Job
+from benchmarks.peer_venvs import Environment
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+RESULT_MARK = "BENCHMARK_RESULT "  # as in peers/measure.py, which imports torch
+BASELINE = "plain"
+INSTALL_TIMEOUT_SECONDS = 900.0
+
+
+@dataclass(frozen=True)
+class Peer:
+    name: str
+    module: str  # in benchmarks/peers/
+    environment: Environment
+    variant: str = ""
+
+
+PEERS = {
+    peer.name: peer
+    for peer in (
+        Peer("magnetron", "magnetron", peer_venvs.OWN, "magneto"),
+        Peer("magnetron-pre-ln", "magnetron", peer_venvs.OWN, "pre_ln"),
+        Peer("plain", "plain", peer_venvs.OWN),
+        Peer("megatron-core", "megatron_core", peer_venvs.OWN),
+        Peer("litgpt", "litgpt", peer_venvs.LITGPT),
+        Peer("torchscale-subln", "torchscale", peer_venvs.TORCHSCALE, "subln"),
+        Peer("torchscale-subln-xpos", "torchscale", peer_venvs.TORCHSCALE, "subln_xpos"),
+        Peer("hf-gpt2", "transformers", peer_venvs.TRANSFORMERS, "gpt2"),
+        Peer("hf-llama", "transformers", peer_venvs.TRANSFORMERS, "llama"),
+        Peer("torchtitan-llama3", "torchtitan", peer_venvs.TORCHTITAN),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One peer's line of the table, over all its rounds."""
+
+    peer: str
+    version: str
+    parameters_millions: float
+    tokens_per_second: float  # median over steps
+    best_tokens_per_second: float
+    cpu_seconds_per_step: float  # median over steps
+    ratio_to_plain: float | None  # plain's CPU-seconds / this peer's: above 1 is cheaper
+    share_of_matmul: float  # median over steps of model FLOP/s / matmul FLOP/s around that step
+    peak_rss_mb: float  # highest of the rounds
+    first_loss: float | None
+    last_loss: float | None
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def run_peer(
+    peer: Peer, job: Job, *, steps: int, warmup: int, venvs: Path, timeout_seconds: float
+) -> dict:
+    """One process, one result as StepMeter.print_result writes it; {"failed": reason} otherwise."""
+    command = [
+        str(peer_venvs.python_of(peer.environment, venvs)),
+        *("-W", "ignore", "-m", f"benchmarks.peers.{peer.module}"),
+        *("--job", job.name, "--steps", str(steps), "--warmup", str(warmup)),
+        *("--variant", peer.variant),
+    ]
+    environment = os.environ | {
+        "OMP_NUM_THREADS": str(job.threads),
+        "MKL_NUM_THREADS": str(job.threads),
+        # what torchrun would set; the peers that need no process group take no notice
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
+    try:
+        done = subprocess.run(
+            command,
+            cwd=REPOSITORY,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout_seconds,
+        )
+    except subprocess.TimeoutExpired:
+        return {"failed": f"no result within {timeout_seconds:.0f} s"}
+    for line in done.stdout.splitlines():
+        if line.startswith(RESULT_MARK):
+            return json.loads(line.removeprefix(RESULT_MARK))
+    last_lines = done.stderr.strip().splitlines()[-1:] or ["no output"]
+    return {"failed": f"exit status {done.returncode}: {last_lines[0]}", "stderr": done.stderr}
+
+
+def summarize(job: Job, name: str, runs: list[dict], baseline_runs: list[dict]) -> Row:
+    """Puts one peer's rounds together. `runs` and `baseline_runs` hold at least one and any number.
+
+    The ratio is taken round by round, then its median: neighbours in time share the machine's mood.
+    """
+    wall = [seconds for run in runs for seconds in run["wall_seconds"]]
+    matmul = [rate for run in runs for rate in run["matmul_gflops"]]
+    gflop_per_step = job.flops_per_token() * job.tokens_per_step / 1e9
+    ratios = [
+        median(base["cpu_seconds"]) / median(run["cpu_seconds"])
+        for run, base in zip(runs, baseline_runs, strict=False)
+    ]
+    losses = runs[0]["losses"]
+    return Row(
+        peer=name,
+        version=runs[0]["version"],
+        parameters_millions=runs[0]["parameters"] / 1e6,
+        tokens_per_second=job.tokens_per_step / median(wall),
+        best_tokens_per_second=job.tokens_per_step / min(wall),
+        cpu_seconds_per_step=median(seconds for run in runs for seconds in run["cpu_seconds"]),
+        ratio_to_plain=median(ratios) if ratios else None,
+        share_of_matmul=median(
+            gflop_per_step / seconds / rate for seconds, rate in zip(wall, matmul, strict=True)
+        ),
+        peak_rss_mb=max(run["peak_rss_mb"] for run in runs),
+        first_loss=losses[0] if losses else None,
+        last_loss=losses[-1] if losses else None,
+    )
+
+
+def markdown_table(rows: list[Row]) -> str:
+    def number(value: float | None, places: int) -> str:
+        return "-" if value is None else f"{value:.{places}f}"
+
+    lines = [
+        "| peer | version | M params | tok/s median | best | CPU-s/step | vs plain (CPU) "
+        "| share of matmul | peak RSS MB | loss first → last |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|---|",
+    ]
+    for row in rows:
+        cells = [
+            row.peer,
+            row.version,
+            number(row.parameters_millions, 1),
+            number(row.tokens_per_second, 0),
+            number(row.best_tokens_per_second, 0),
+            number(row.cpu_seconds_per_step, 2),
+            number(row.ratio_to_plain, 2),
+            number(row.share_of_matmul, 2),
+            number(row.peak_rss_mb, 0),
+            f"{number(row.first_loss, 3)} → {number(row.last_loss, 3)}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def cpu_name() -> str:
+    """The processor's model as the kernel names it; the architecture where it does not say."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.machine()
+
+
+def describe_job(job: Job) -> str:
+    gflop = job.flops_per_token() * job.tokens_per_step / 1e9
+    return (
+        f"`{job.name}`: {job.num_layers} layers, hidden {job.hidden_size}, ffn "
+        f"{job.ffn_hidden_size}, {job.num_attention_heads} heads, vocabulary {job.vocab_size}, "
+        f"{job.micro_batch_size} sequences of {job.seq_length} tokens, fp32, untied embeddings, "
+        f"{job.threads} thread(s), {gflop:.0f} GFLOP a step"
+    )
+
+
+def install_all(peers: list[Peer], venvs: Path) -> dict[str, str]:
+    """Makes every environment that is missing; environment name -> reason where it failed."""
+    failures: dict[str, str] = {}
+    for environment in dict.fromkeys(peer.environment for peer in peers):
+        if peer_venvs.is_ready(environment, venvs):
+            continue
+        print(f"installing {environment.name} into {venvs / environment.name}", file=sys.stderr)
+        try:
+            peer_venvs.install(environment, venvs, INSTALL_TIMEOUT_SECONDS)
+        except subprocess.TimeoutExpired:
+            failures[environment.name] = f"not installed in {INSTALL_TIMEOUT_SECONDS:.0f} s"
+        except subprocess.CalledProcessError as error:
+            last_line = (error.output or "").strip().splitlines()[-1:] or [str(error)]
+            failures[environment.name] = f"pip: {last_line[0]}"
+    return failures
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--job", choices=JOBS, default="small")
+    parser.add_argument("--rounds", type=int, default=3, help="times every peer has its turn")
+    parser.add_argument("--steps", type=int, default=6, help="measured steps of one turn")
+    parser.add_argument("--warmup", type=int, default=1, help="steps before them")
+    parser.add_argument(
+        "--peers", nargs="+", choices=PEERS, default=list(PEERS), metavar="PEER",
+        help="any of: " + ", ".join(PEERS),
+    )  # fmt: skip
+    parser.add_argument(
+        "--venvs", type=Path, default=peer_venvs.cache_root(),
+        help="where the peers' environments are kept (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--json", type=Path, default=None,
+        help="where the figures go, and the table with the suffix .md "
+        "(default: outputs/benchmarks/train_step_JOB.json)",
+    )  # fmt: skip
+    parser.add_argument("--timeout", type=float, default=600.0, help="seconds for one turn")
+    given = parser.parse_args()
+    for option in ("rounds", "steps"):
+        if getattr(given, option) < 1:
+            parser.error(f"--{option}={getattr(given, option)}: at least 1 is needed")
+    return given
+
+
+def main() -> int:
+    given = parse_arguments()
+    job = JOBS[given.job]
+    venvs = given.venvs.expanduser().resolve()
+    peers = [PEERS[name] for name in given.peers]
+    not_installed = install_all(peers, venvs)
+
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    runs: dict[str, list[dict]] = {peer.name: [] for peer in peers}
+    failures: dict[str, str] = {
+        peer.name: not_installed[peer.environment.name]
+        for peer in peers
+        if peer.environment.name in not_installed
+    }
+    for round_number in range(1, given.rounds + 1):
+        for peer in peers:
+            if peer.name in failures:
+                continue
+            result = run_peer(
+                peer,
+                job,
+                steps=given.steps,
+                warmup=given.warmup,
+                venvs=venvs,
+                timeout_seconds=given.timeout,
+            )
+            where = f"round {round_number}/{given.rounds} {peer.name}"
+            if "failed" in result:
+                failures[peer.name] = result["failed"]
+                runs[peer.name].clear()
+                print(f"{where}: FAILED\n{result.get('stderr', result['failed'])}", file=sys.stderr)
+                continue
+            runs[peer.name].append(result)
+            rate = job.tokens_per_step / median(result["wall_seconds"])
+            cpu = median(result["cpu_seconds"])
+            print(f"{where}: {rate:.0f} tok/s, {cpu:.2f} CPU-s/step", file=sys.stderr)
+
+    baseline = runs.get(BASELINE, [])
+    rows = [summarize(job, name, done, baseline) for name, done in runs.items() if done]
+    machine = f"{cpu_name()}, {os.cpu_count()} CPUs, {started}"
+    machine += f", {given.rounds} rounds x {given.steps} steps"
+    text = "\n\n".join([describe_job(job), machine, markdown_table(rows)])
+    if failures:
+        text += "\n\n" + "\n".join(f"- {name}: {reason}" for name, reason in failures.items())
+    print(text, flush=True)
+
+    path = given.json or Path("outputs/benchmarks") / f"train_step_{job.name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    document = {
+        "started": started,
+        "machine": machine,
+        "job": asdict(job) | {"flops_per_token": job.flops_per_token()},
+        "rows": [asdict(row) for row in rows],
+        "runs": runs,
+        "failures": failures,
+    }
+    path.write_text(json.dumps(document, indent=2) + "\n")
+    path.with_suffix(".md").write_text(text + "\n")
+    print(f"\nwritten: {path}, {path.with_suffix('.md')}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

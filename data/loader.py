@@ -1,0 +1,189 @@
+"""This data-parallel rank's micro-batches of a training step, and of the validation set.
+
+Ranks come in as plain numbers. Neither class keeps a position: what a step holds is a function of
+the step, so resuming is asking for the next one, and the sequences of a step are the same set for
+every layout.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from data.batch import Batch
+from data.packed_sequences import PackedSequences, Tail
+from data.token_store import TokenStore
+
+
+class SampleSource(Protocol):
+    """What the loader needs of data.language_mixture.LanguageMixture."""
+
+    def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Language id and sequence number of each sample, shaped like `samples`."""
+        ...
+
+    def read(self, languages: np.ndarray, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Ids [b, s + 1] and valid labels [b] of b sequences."""
+        ...
+
+    def fingerprint(self) -> dict[str, Any]: ...
+
+
+class MicroBatchLoader:
+    """Cuts the stream of samples into steps, ranks and micro-batches.
+
+    Step t holds samples [t G, t G + G) for G = global_batch_size; micro-batch j of rank r of R
+    holds the m = micro_batch_size samples from t G + (j R + r) m on. num_micro_batches is
+    G / (m R), the same on every rank.
+
+    Raises ValueError if global_batch_size is not a multiple of micro_batch_size times the
+    data-parallel size.
+    """
+
+    def __init__(
+        self,
+        source: SampleSource,
+        *,
+        micro_batch_size: int,
+        global_batch_size: int,
+        data_parallel_rank: int,
+        data_parallel_size: int,
+    ):
+        _check_rank(micro_batch_size, data_parallel_rank, data_parallel_size)
+        samples_at_once = micro_batch_size * data_parallel_size
+        if global_batch_size < 1 or global_batch_size % samples_at_once:
+            below = global_batch_size // samples_at_once * samples_at_once
+            works = [str(n) for n in (below, below + samples_at_once) if n > 0]
+            raise ValueError(
+                f"train.global_batch_size={global_batch_size} must be a positive multiple of "
+                f"train.micro_batch_size={micro_batch_size} times the data-parallel size "
+                f"{data_parallel_size} (= {samples_at_once}); "
+                f"train.global_batch_size={' or '.join(works)} would work"
+            )
+        self._source = source
+        self._micro_batch_size, self._global_batch_size = micro_batch_size, global_batch_size
+        self._rank, self._ranks = data_parallel_rank, data_parallel_size
+        self.num_micro_batches = global_batch_size // samples_at_once
+
+    def micro_batches(self, step: int) -> Iterator[Batch]:
+        """This rank's num_micro_batches batches of a step (from 0), read as they are asked for."""
+        if step < 0:
+            raise ValueError(f"step {step}: steps count from 0")
+        # the formula costs about 0.2 ms a call however many samples it is asked for: once a step
+        languages, numbers = self._source.locate(self._samples(step))
+        return (
+            _batch(*self._source.read(language_ids, places), language_ids)
+            for language_ids, places in zip(languages, numbers, strict=True)
+        )
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Of the stream, for the checkpoint; batch sizes and layout may change between runs."""
+        return self._source.fingerprint()
+
+    def _samples(self, step: int) -> np.ndarray:
+        """Sample numbers `[num_micro_batches, micro_batch_size]` of this rank."""
+        order = np.arange(self._global_batch_size, dtype=np.int64)
+        by_rank = order.reshape(self.num_micro_batches, self._ranks, self._micro_batch_size)
+        return step * self._global_batch_size + by_rank[:, self._rank]
+
+
+class ValidationSet:
+    """The first sequences of each language's validation store, in a fixed order.
+
+    Up to sequences_per_language of each store, cut with Tail.pad, so that short stores count every
+    token once. They are dealt out like a training step; the last round is filled with padding
+    sequences (loss_mask all 0) until every rank has the same number of micro-batches, because
+    pipeline schedules and collectives need equal counts, and until that number is a multiple of
+    micro_batch_multiple, because the interleaved schedule asks for a multiple of the pipeline size.
+
+    languages: of the training data; the language ids count in it.
+    """
+
+    def __init__(
+        self,
+        stores: Sequence[TokenStore],
+        seq_length: int,
+        *,
+        languages: Sequence[str],
+        sequences_per_language: int,
+        micro_batch_size: int,
+        data_parallel_rank: int,
+        data_parallel_size: int,
+        micro_batch_multiple: int = 1,
+    ):
+        _check_rank(micro_batch_size, data_parallel_rank, data_parallel_size)
+        if sequences_per_language < 1:
+            raise ValueError(
+                f"train.eval_sequences={sequences_per_language}: must be at least 1 a language"
+            )
+        if not stores:
+            raise ValueError(
+                "there are no validation stores; raise data.validation_fraction so that some "
+                "documents fall into validation, or give a store_dir with a validation folder"
+            )
+        self._seq_length, self._eod_id = seq_length, stores[0].info.eod_id
+        self._rank, self._ranks = data_parallel_rank, data_parallel_size
+        self._micro_batch_size = micro_batch_size
+        self._sequences: list[tuple[PackedSequences, int, int]] = []  # where, number, language id
+        for store in sorted(stores, key=lambda store: store.language):
+            packed = PackedSequences(store, seq_length, Tail.pad)
+            language_id = languages.index(store.language)
+            for number in range(min(sequences_per_language, len(packed))):
+                self._sequences.append((packed, number, language_id))
+        in_one_round = micro_batch_size * data_parallel_size * micro_batch_multiple
+        rounds = -(-len(self._sequences) // in_one_round)
+        self.num_micro_batches = rounds * micro_batch_multiple
+
+    def __len__(self) -> int:
+        """Sequences in all, padding not counted."""
+        return len(self._sequences)
+
+    def micro_batches(self) -> Iterator[Batch]:
+        """This rank's num_micro_batches batches, the same every time."""
+        return (self._micro_batch(number) for number in range(self.num_micro_batches))
+
+    def _micro_batch(self, number: int) -> Batch:
+        first = (number * self._ranks + self._rank) * self._micro_batch_size
+        rows = self._sequences[first : first + self._micro_batch_size]
+        ids = np.full((self._micro_batch_size, self._seq_length + 1), self._eod_id, np.int64)
+        valid = np.zeros(self._micro_batch_size, np.int64)
+        language_ids = np.zeros(self._micro_batch_size, np.int64)
+        for row, (packed, place, language_id) in enumerate(rows):
+            valid[row] = packed.fill(place, ids[row])
+            language_ids[row] = language_id
+        return _batch(ids, valid, language_ids)
+
+
+def fingerprint_differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
+    """Where two fingerprints differ, one readable line each; empty if the streams are the same."""
+    lines = []
+    for name in sorted(set(saved) | set(current)):
+        was, now = saved.get(name), current.get(name)
+        if was == now:
+            continue
+        if isinstance(was, dict) and isinstance(now, dict):
+            inner = [k for k in sorted(set(was) | set(now)) if was.get(k) != now.get(k)]
+            lines += [f"{name} of {k}: was {was.get(k)}, is {now.get(k)}" for k in inner]
+        else:
+            lines.append(f"{name}: was {was}, is {now}")
+    return lines
+
+
+def _check_rank(micro_batch_size: int, rank: int, ranks: int) -> None:
+    if micro_batch_size < 1:
+        raise ValueError(f"train.micro_batch_size={micro_batch_size}: must be at least 1")
+    if not 0 <= rank < ranks:
+        raise ValueError(f"data-parallel rank {rank} of {ranks}: must lie in [0, {ranks})")
+
+
+def _batch(ids: np.ndarray, valid: np.ndarray, language_ids: np.ndarray) -> Batch:
+    """ids [b, s + 1], valid labels [b], language ids [b], all int64."""
+    all_ids = torch.from_numpy(ids)
+    place = torch.arange(ids.shape[1] - 1)
+    return Batch(
+        tokens=all_ids[:, :-1].contiguous(),
+        labels=all_ids[:, 1:].contiguous(),
+        loss_mask=(place < torch.from_numpy(valid)[:, None]).float(),
+        language_ids=torch.from_numpy(language_ids),
+    )

@@ -1,0 +1,75 @@
+"""The entry of a training: settings in, checked before anything heavy is imported, then `run`.
+
+    torchrun --nproc-per-node 8 launch/pretrain.py +model=magneto_1b parallel=tp8_sp
+
+`python -m launch.pretrain` and the command `magnetron-pretrain` are the same. Settings that do not
+fit are answered once on each node, without a traceback, and all ranks leave with exit code 2.
+"""
+
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import NoReturn
+
+ROOT = Path(__file__).resolve().parent.parent
+if __name__ == "__main__":
+    sys.path[0] = str(ROOT)  # not launch/, where `import pretrain` would find this very file
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from launch.schema import CONF, CompositionError, explain, register, to_pretrain_config
+from parallel.config import ConfigError
+from pretrain.config import validate
+
+
+def launch(cfg: DictConfig) -> None:
+    """Called by Hydra with the settings put together; with --multirun, once for each job."""
+    hydra_config = HydraConfig.get()
+    try:
+        config = to_pretrain_config(cfg, hydra_config.overrides.task)
+        validate(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+    except ConfigError as error:
+        refuse(error)
+    if hydra_config.mode == RunMode.MULTIRUN:  # or jobs would go on from each other's checkpoints
+        config.run_dir += "/" + hydra_config.job.override_dirname.replace("/", "_")
+
+    from pretrain.run import run  # imports torch and megatron-core, which takes seconds
+
+    try:
+        run(config)
+    except (ValueError, RuntimeError, OSError) as error:
+        if not raised_by_us(error):
+            raise
+        print(f"error on rank {os.environ.get('RANK', '0')}: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def main() -> None:
+    register()
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra passes errors on instead of wording them itself
+    try:
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name="pretrain")(launch)()
+    except CompositionError as error:
+        refuse(explain(error, sys.argv[1:]))
+
+
+def refuse(error: ConfigError) -> NoReturn:
+    """Ends this rank; every rank finds the same errors, and the first of each node says them."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        for problem in error.problems:
+            print(f"error: {problem}", file=sys.stderr)
+    sys.exit(2)
+
+
+def raised_by_us(error: Exception) -> bool:
+    """Whether a `raise` of one of our rooms ended the run: then its message says all there is."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return ROOT in Path(last.filename).parents and (last.line or "").startswith("raise ")
+
+
+if __name__ == "__main__":
+    main()

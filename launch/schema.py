@@ -1,0 +1,314 @@
+"""From Hydra's YAML and command line to the dataclasses, and clear words where they do not fit.
+
+Registers the dataclasses with Hydra, so that types are checked and unknown settings refused.
+`explain` turns what Hydra and OmegaConf say into one line each: the setting as typed, the rule,
+and what was probably meant. It reads their messages, which tests hold to the versions we allow.
+Imports neither torch nor megatron-core.
+"""
+
+import dataclasses
+import re
+import typing
+from collections.abc import Iterator, Sequence
+from difflib import SequenceMatcher
+from enum import Enum
+from functools import cache
+from pathlib import Path
+from types import NoneType
+from typing import Any
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from models.config import ModelConfig
+from models.parameter_count import parameter_count
+from parallel.config import ConfigError
+from pretrain.config import PretrainConfig
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+ADDED = ("model", "experiment")  # groups chosen with a + in front: no default stands for them
+
+# what Hydra, OmegaConf and the YAML reader raise while they put a configuration together
+CompositionError = (HydraException, OmegaConfBaseException, yaml.YAMLError)
+
+
+def register() -> None:
+    """Makes the dataclasses known to Hydra as `schema`, the first entry of conf/pretrain.yaml."""
+    schema = OmegaConf.structured(PretrainConfig)
+    schema.model = ModelConfig  # its fields one by one, instead of a whole that is missing
+    # families are named by the data: data.mixture.ratios.slavic=2 needs no + in front
+    OmegaConf.set_struct(schema.data.mixture.ratios, False)
+    ConfigStore.instance().store(name="schema", node=schema)
+
+
+def load(overrides: Sequence[str] = ()) -> PretrainConfig:
+    """The configuration of a launch with these words on its command line.
+
+    Raises ConfigError as the launcher prints it. The rules across rooms, which need the number of
+    processes, are those of `pretrain.config.validate`.
+    """
+    register()
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            cfg = compose("pretrain", overrides=list(overrides))
+    except CompositionError as error:
+        raise explain(error, overrides) from None
+    return to_pretrain_config(cfg, overrides)
+
+
+def to_pretrain_config(cfg: DictConfig, overrides: Sequence[str] = ()) -> PretrainConfig:
+    """Builds the dataclasses, each of which checks its own rules.
+
+    Raises ConfigError with the problems of all of them: settings that do not exist (a + in front
+    gets them past Hydra), settings without a value, broken rules.
+    """
+    problems = [_no_such_setting(key, overrides) for key in _unknown_settings(cfg)]
+    if OmegaConf.is_missing(cfg.model, "name"):
+        raise ConfigError(*problems, _no_model())
+    problems += [f"{key} has no value" for key in sorted(OmegaConf.missing_keys(cfg))]
+    if problems:
+        raise ConfigError(*problems)
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(PretrainConfig):
+        try:
+            value = cfg[field.name]
+            values[field.name] = OmegaConf.to_object(value) if _is_section(value) else value
+        except ValueError as error:  # OmegaConf's are ValueErrors too
+            problems += explain(error, overrides).problems
+    if problems:
+        raise ConfigError(*problems)
+    return PretrainConfig(**values)
+
+
+def shipped_models() -> dict[str, ModelConfig]:
+    """The models of conf/model, smallest first."""
+    models = {path.stem: _model(path) for path in (CONF / "model").glob("*.yaml")}
+    return dict(sorted(models.items(), key=lambda item: (_body(item[1]), item[0])))
+
+
+def explain(error: Exception, overrides: Sequence[str] = ()) -> ConfigError:
+    """What `error` means for the one who typed `overrides`, as a ConfigError."""
+    if isinstance(error, ConfigError):
+        return error
+    if not isinstance(error, CompositionError):
+        return ConfigError(str(error))
+    # Hydra wraps an error of an override (cause) and quotes one of a YAML file (text)
+    text = f"{error}\n{error.__cause__ or ''}"
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        return ConfigError(_no_such_file(error.missing_cfg_file))
+    if found := re.search(r"Could not override '(\w+)'\. No match in the defaults list", text):
+        return ConfigError(_not_yet_chosen(found[1], overrides))
+    if found := re.search(r"Multiple values for (\w+)\.", text):
+        return ConfigError(_already_chosen(found[1], overrides))
+    if found := re.search(r"Error parsing override '(.*)'\n(.*)", text):
+        return ConfigError(f"{found[1]}: write SETTING=VALUE, this cannot be read: {found[2]}")
+    if found := re.search(r"An item is already at '(.+)'", text):
+        typed = _typed(found[1], overrides)
+        return ConfigError(f"{typed} exists already; drop the +: {typed.lstrip('+')}")
+    if found := re.search(r"Ambiguous value for argument '(.*)'", text):
+        return ConfigError(
+            f"{found[1]} is a list or a sweep; write [a,b] for a list, add --multirun for a sweep"
+        )
+    if found := re.search(r"full_key: (\S+)", text):
+        return ConfigError(_wrong_setting(found[1], text, overrides))
+    return ConfigError(next(line for line in text.splitlines() if line.strip()))
+
+
+def _wrong_setting(key: str, text: str, overrides: Sequence[str]) -> str:
+    """An error of OmegaConf about `key`: it does not exist, or its value does not fit."""
+    override = _override(key, overrides)
+    file = re.search(r"In '([^']+)': \w+ raised while composing", text)
+    where = f"{file[1]}.yaml: " if file and not override else ""
+    if re.search(r"Key '.*' (is )?not in", text):
+        return where + _no_such_setting(key, overrides)
+    if found := re.search(r"Interpolation key '(.*)' not found", text):
+        return f"{where}{key} refers to ${{{found[1]}}}, which does not exist"
+    if "does not support deletion" in text:
+        return f"{override}: a setting cannot be taken away; it has its default when not named"
+    if key in _sections():
+        members = [name for name in _settings() if name.startswith(f"{key}.")]
+        return f"{where}{override or key}: {key} is a group of settings: {', '.join(members)}"
+    value = re.search(r"[Vv]alue '(.*?)'", text)
+    typed = override or (f"{key}={value[1]}" if value else key)
+    annotation = _annotation(key)
+    if annotation is None:  # a table where one value belongs, or one of Hydra's own settings
+        return f"{where}{typed} does not fit: {text.splitlines()[-1 if file else 0]}"
+    rule, choices = _rule(annotation)
+    meant = _near(typed.partition("=")[2], choices)
+    return f"{where}{typed} must be {rule}" + (f"; did you mean {meant[0]}?" if meant else "")
+
+
+def _no_such_setting(key: str, overrides: Sequence[str]) -> str:
+    typed = _typed(key, overrides)
+    name = typed.lstrip("+~").partition("=")[0]
+    groups = {group: f"+{group}" if group in ADDED else group for group in _groups()}
+    names = [*_settings(), *groups] if "." not in name else list(_settings())
+    meant = [groups.get(near, near) for near in _near(name, names)]
+    if not meant:
+        return f"{typed}: there is no setting {name}; --cfg job prints all there are"
+    return f"{typed}: there is no setting {name}; did you mean {' or '.join(meant)}?"
+
+
+def _no_such_file(path: str) -> str:
+    group, _, name = path.rpartition("/")
+    there = sorted(file.stem for file in (CONF / group).glob("*.yaml"))
+    plus = "+" if group in ADDED else ""
+    if not group or not there:
+        return f"{path}.yaml is not among the configuration files"
+    meant = [f"{plus}{group}={near}" for near in _near(name, there)]
+    hint = f"did you mean {' or '.join(meant)}? " if meant else ""
+    return f"{plus}{group}={name}: not in conf/{group}; {hint}There are {', '.join(there)}"
+
+
+def _not_yet_chosen(group: str, overrides: Sequence[str]) -> str:
+    typed = _typed(group, overrides)
+    return (
+        f"{typed}: no {group} is chosen yet that this could replace; write "
+        f"+{typed.partition('=')[0]}={typed.partition('=')[2] or 'NAME'}"
+    )
+
+
+def _already_chosen(group: str, overrides: Sequence[str]) -> str:
+    typed = _typed(group, [word for word in overrides if word.startswith("+")])
+    return f"{typed}: a {group} is chosen already; replace it with {typed.lstrip('+')}"
+
+
+def _no_model() -> str:
+    rows = [
+        f"  {name:<14} {model.num_layers:>3} layers of {model.hidden_size:>4} {_body(model):>16,}"
+        for name, model in shipped_models().items()
+    ]
+    return "\n".join(
+        [
+            "no model is chosen; add +model=NAME, as in +model=magneto_1b. There are, with their "
+            "parameters outside the embedding:",
+            *rows,
+        ]
+    )
+
+
+def _model(path: Path) -> ModelConfig:
+    """A file of conf/model, with those that its defaults list names below it."""
+    cfg = OmegaConf.load(path)
+    bases = [name for name in cfg.pop("defaults", []) if name != "_self_"]
+    parts = [OmegaConf.load(path.with_name(f"{base}.yaml")) for base in bases]
+    merged = OmegaConf.merge(OmegaConf.structured(ModelConfig), *parts, cfg)
+    return typing.cast(ModelConfig, OmegaConf.to_object(merged))
+
+
+def _body(model: ModelConfig) -> int:
+    return parameter_count(model, vocab_size=1).non_embedding
+
+
+def _override(key: str, overrides: Sequence[str]) -> str | None:
+    """The word on the command line that sets `key`, one below it, or a table it lies in."""
+    words = {word: word.lstrip("+~").partition("=")[0] for word in overrides}
+    return next(
+        iter(
+            [word for word, name in words.items() if name == key]
+            + [word for word, name in words.items() if name.startswith(f"{key}.")]
+            + [word for word, name in words.items() if key.startswith(f"{name}.") and "{" in word]
+        ),
+        None,
+    )
+
+
+def _typed(key: str, overrides: Sequence[str]) -> str:
+    return _override(key, overrides) or key
+
+
+def _is_section(value: object) -> bool:
+    return OmegaConf.is_config(value)
+
+
+@cache
+def _settings() -> dict[str, Any]:
+    """Every setting by its dotted name -> its annotation."""
+    return dict(_walk(PretrainConfig, ""))
+
+
+@cache
+def _sections() -> set[str]:
+    return {name.rpartition(".")[0] for name in _settings()} - {""}
+
+
+@cache
+def _groups() -> list[str]:
+    return sorted(folder.name for folder in CONF.iterdir() if folder.is_dir())
+
+
+def _annotation(key: str) -> Any:
+    """Type of a setting, or of an entry of a table of settings; None for any other key."""
+    table = _settings().get(key.rpartition(".")[0])
+    return typing.get_args(table)[1] if table is not None else _settings().get(key)
+
+
+def _walk(cls: type, prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, annotation in typing.get_type_hints(cls).items():
+        if dataclasses.is_dataclass(annotation):
+            yield from _walk(typing.cast(type, annotation), f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", annotation
+
+
+def _unknown_settings(cfg: DictConfig) -> list[str]:
+    unknown = []
+
+    def look(node: DictConfig, prefix: str) -> None:
+        for name in node:
+            key = f"{prefix}{name}"
+            if key in _sections():
+                look(node[name], f"{key}.")
+            elif key not in _settings():
+                unknown.append(key)
+
+    look(cfg, "")
+    return unknown
+
+
+def _rule(annotation: Any) -> tuple[str, list[str]]:
+    """What a value of this type looks like, and the choices where there are few."""
+    options = typing.get_args(annotation)
+    if NoneType in options:
+        rule, choices = _rule(next(option for option in options if option is not NoneType))
+        return f"{rule}, or null", choices
+    kind = typing.get_origin(annotation) or annotation
+    if issubclass(kind, Enum):
+        return f"one of {', '.join(kind.__members__)}", list(kind.__members__)
+    words = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "text",
+        list: "a list, as in [a,b]",
+        dict: "a table of numbers, as in {a:1,b:2}",
+    }
+    return words[kind], []
+
+
+def _near(wish: str, names: Sequence[str]) -> list[str]:
+    """At most three of `names` that look like `wish`, nearest first.
+
+    Compares whole names, and last words alone, so that `lr` finds optimizer.lr.
+    """
+    section, _, end = wish.lower().rpartition(".")
+
+    def likeness(name: str) -> float:
+        its_section, _, its_end = name.lower().rpartition(".")
+        shorter, longer = sorted((end, its_end), key=len)
+        score = max(
+            SequenceMatcher(None, wish.lower(), name.lower()).ratio(),
+            SequenceMatcher(None, end, its_end).ratio(),
+            # a part of the name, as `steps` of train_steps
+            0.65 + 0.3 * len(shorter) / len(longer) if shorter and shorter in longer else 0,
+        )
+        return score + (0.1 if section == its_section else 0)
+
+    scores = {name: likeness(name) for name in names}
+    least = max(0.7, max(scores.values(), default=0) - 0.1)
+    close = [name for name in names if scores[name] >= least]
+    return sorted(close, key=lambda name: -scores[name])[:3]

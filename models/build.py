@@ -1,0 +1,177 @@
+"""From settings to the model chunks of this rank."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from models.attention import CausalAttention, RotaryTables
+from models.config import (
+    Activation,
+    LayerNormPlacement,
+    ModelConfig,
+    PositionEmbedding,
+)
+from models.initialize import initialize_weights
+from models.language_model import LanguageModel
+from models.magneto import residual_scale
+from models.parameter_count import padded_vocab_size
+from models.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from parallel.config import ParallelConfig, RecomputeGranularity
+from parallel.layers import (
+    Norm,
+    SubLayerNormRowParallelLinear,
+    enable_torch_weight_gradient_fusion,
+)
+from parallel.megatron import (
+    MLP,
+    AttnMaskType,
+    ColumnParallelLinear,
+    MLPSubmodules,
+    ModuleSpec,
+    RowParallelLinear,
+    SelfAttention,
+    SelfAttentionSubmodules,
+    TransformerBlockSubmodules,
+    TransformerConfig,
+    get_num_layers_to_build,
+)
+from parallel.precision import parameter_dtype
+from parallel.runtime import Runtime
+
+
+def build_model(
+    model: ModelConfig, parallel: ParallelConfig, runtime: Runtime, *, vocab_size: int, seed: int
+) -> list[LanguageModel]:
+    """The model chunks this rank holds (one, or several under the interleaved schedule).
+
+    Weights depend on `seed` and the model's settings only, not on the layout. Parameters live on
+    `runtime.device`, in the type `parallel.precision` asks for. All ranks must call it.
+    """
+    enable_torch_weight_gradient_fusion()  # before the first layer: they look for it when built
+    dtype = parameter_dtype(parallel.precision, runtime.device)
+    config = transformer_config(model, parallel, dtype)
+    chunks = []
+    interleaved = parallel.virtual_pipeline_model_parallel_size > 1
+    for index in range(parallel.virtual_pipeline_model_parallel_size):
+        vp_stage = index if interleaved else None
+        last_chunk = index == parallel.virtual_pipeline_model_parallel_size - 1
+        chunk = LanguageModel(
+            config,
+            _layers(model, config, vp_stage),
+            padded_vocab_size=padded_vocab_size(vocab_size, model.make_vocab_size_divisible_by),
+            share_embeddings_and_output_weights=model.share_embeddings_and_output_weights,
+            pre_process=runtime.is_first_pipeline_stage and index == 0,
+            post_process=runtime.is_last_pipeline_stage and last_chunk,
+            groups=runtime.groups,
+            vp_stage=vp_stage,
+        )
+        chunks.append(chunk.to(device=runtime.device, dtype=dtype))
+    initialize_weights(chunks, model, seed)
+    return chunks
+
+
+def transformer_config(
+    model: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype
+) -> TransformerConfig:
+    """Our settings in megatron-core's structure; what is not ours to set is switched off here."""
+    interleaved = parallel.virtual_pipeline_model_parallel_size > 1
+    selective = parallel.recompute_granularity is RecomputeGranularity.selective
+    full = parallel.recompute_granularity is RecomputeGranularity.full
+    config = TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups or model.num_attention_heads,
+        kv_channels=model.kv_channels or model.hidden_size // model.num_attention_heads,
+        add_bias_linear=model.add_bias_linear,
+        gated_linear_unit=model.activation is Activation.swiglu,
+        activation_func=F.silu if model.activation is Activation.swiglu else F.gelu,
+        normalization=model.normalization.value,
+        layernorm_epsilon=model.layernorm_epsilon,
+        hidden_dropout=model.hidden_dropout,
+        attention_dropout=model.attention_dropout,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=(
+            parallel.virtual_pipeline_model_parallel_size if interleaved else None
+        ),
+        context_parallel_size=parallel.context_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        recompute_granularity=parallel.recompute_granularity.value if selective or full else None,
+        recompute_modules=["core_attn"] if selective else None,
+        recompute_method="uniform" if full else None,
+        recompute_num_layers=parallel.recompute_num_layers if full else None,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        # gradients are sums over tokens, divided once by the step's global count of valid tokens
+        calculate_per_token_loss=True,
+        # weight gradients go straight into the fp32 gradient buffer (parallel.layers)
+        gradient_accumulation_fusion=True,
+        # With two pipeline ranks the next and the previous rank are the same process, and batched
+        # messages are told apart by order alone: interleaved runs would go wrong without a word.
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
+        # Overlapped sends over gloo still read the tensor when megatron-core frees it (NaN at once);
+        # with CUDA the caching allocator keeps it alive until the stream is done.
+        deallocate_pipeline_outputs=not interleaved or torch.cuda.is_available(),
+        # our weights are drawn afterwards, see models.initialize
+        init_method=_leave_as_is,
+        output_layer_init_method=_leave_as_is,
+        embedding_init_method=_leave_as_is,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+    )
+    config.sub_layernorm_reduction = parallel.sub_layernorm_reduction.value
+    return config
+
+
+def _leave_as_is(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+def _layers(
+    model: ModelConfig, config: TransformerConfig, vp_stage: int | None
+) -> TransformerBlockSubmodules:
+    placement = model.layer_norm_placement
+    sub_ln = placement is LayerNormPlacement.sub_ln
+    row_parallel = SubLayerNormRowParallelLinear if sub_ln else RowParallelLinear
+    positions = model.position_embedding_type is not PositionEmbedding.none
+    attention = ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=ColumnParallelLinear,
+            core_attention=partial(
+                CausalAttention, rotary=RotaryTables(model) if positions else None
+            ),
+            linear_proj=row_parallel,
+        ),
+    )
+    feed_forward = ModuleSpec(
+        module=MLP,
+        params={"ffn_hidden_size": model.ffn_hidden_size},
+        submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=row_parallel),
+    )
+    layer = ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            norm=Norm,
+            self_attention=attention,
+            mlp=feed_forward,
+            placement=placement,
+            residual_scale=residual_scale(placement, model.num_layers),
+        ),
+    )
+    # post-LN blocks end in a norm already
+    post_ln = placement in (LayerNormPlacement.post_ln, LayerNormPlacement.deepnorm)
+    return TransformerBlockSubmodules(
+        layer_specs=[layer] * get_num_layers_to_build(config, vp_stage),
+        layer_norm=None if post_ln else Norm,
+    )

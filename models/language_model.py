@@ -1,0 +1,143 @@
+"""LanguageModel: one pipeline stage of a decoder-only model, from token ids to the summed loss.
+
+Shapes: b sequences, s tokens each, h hidden size, v padded vocabulary. Activations are
+sequence-first, [s, b, h]; [s/tp, b, h] under sequence parallelism.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from parallel.layers import vocab_parallel_linear_cross_entropy
+from parallel.megatron import (
+    ColumnParallelLinear,
+    LanguageModelEmbedding,
+    LanguageModule,
+    ModelType,
+    ProcessGroupCollection,
+    TransformerBlock,
+    TransformerBlockSubmodules,
+    TransformerConfig,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    gather_from_tensor_model_parallel_region,
+)
+
+
+class LossOutput(NamedTuple):
+    """What the last stage gives for training: see `pretrain.loss` for the scalar made of it."""
+
+    loss_sum: Tensor  # scalar with gradient: sum over valid tokens, in nats
+    per_token_loss: Tensor  # [b, s] fp32, detached; masked tokens carry their loss too
+
+
+class LanguageModel(LanguageModule):
+    """Embedding (first stage), transformer layers, and output layer with loss (last stage).
+
+    The output projection and the cross-entropy are one operation over chunks of tokens
+    (`parallel.layers.vocab_parallel_linear_cross_entropy`), so logits of a whole micro-batch never
+    exist in training.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layers: TransformerBlockSubmodules,
+        *,
+        padded_vocab_size: int,
+        share_embeddings_and_output_weights: bool,
+        pre_process: bool,
+        post_process: bool,
+        groups: ProcessGroupCollection,
+        vp_stage: int | None = None,
+    ) -> None:
+        super().__init__(config, pg_collection=groups)
+        self.model_type = ModelType.encoder_or_decoder  # megatron-core's schedules ask for it
+        self.pre_process = pre_process
+        self.post_process = post_process
+        self.vp_stage = vp_stage
+        self.share_embeddings_and_output_weights = share_embeddings_and_output_weights
+        if pre_process:
+            self.embedding = LanguageModelEmbedding(
+                config,
+                vocab_size=padded_vocab_size,
+                max_sequence_length=0,  # positions are applied in attention
+                position_embedding_type="none",
+                tp_group=groups.tp,
+            )
+        self.decoder = TransformerBlock(
+            config,
+            spec=layers,
+            pre_process=pre_process,
+            post_process=post_process,
+            pg_collection=groups,
+            vp_stage=vp_stage,
+        )
+        if post_process:
+            self.output_layer = ColumnParallelLinear(
+                config.hidden_size,
+                padded_vocab_size,
+                config=config,
+                init_method=config.init_method,
+                bias=False,
+                skip_bias_add=False,
+                gather_output=False,
+                skip_weight_param_allocation=pre_process and share_embeddings_and_output_weights,
+                tp_group=groups.tp,
+            )
+        if pre_process or post_process:
+            self.setup_embeddings_and_output_layer()
+
+    def set_input_tensor(self, input_tensor: Any) -> None:
+        """Called by megatron-core's schedules with what the previous stage sent."""
+        tensors = input_tensor if isinstance(input_tensor, list) else [input_tensor]
+        self.decoder.set_input_tensor(tensors[0])
+
+    def forward(
+        self, tokens: Tensor, labels: Tensor | None = None, loss_mask: Tensor | None = None
+    ) -> Tensor | LossOutput:
+        """tokens, labels, loss_mask [b, s].
+
+        Returns hidden states [s, b, h] on every stage but the last; there, a `LossOutput` when
+        labels are given, else the logits of each sequence's last token [b, v] (fp32).
+        """
+        hidden = self.embedding(tokens, position_ids=None) if self.pre_process else None
+        hidden = self.decoder(hidden, attention_mask=None)
+        if not self.post_process:
+            return hidden
+        hidden = self._gather_for_vocabulary(hidden)
+        if labels is None:
+            return self._last_token_logits(hidden)
+        assert loss_mask is not None
+        return self._loss(hidden, labels, loss_mask)
+
+    def output_weight(self) -> Tensor:
+        """This rank's vocabulary shard of the output projection: [v/tp, h]."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
+    def _gather_for_vocabulary(self, hidden: Tensor) -> Tensor:
+        """Every rank needs every token before the vocabulary-parallel projection: [s, b, h]."""
+        if self.config.sequence_parallel:
+            return gather_from_sequence_parallel_region(
+                hidden, tensor_parallel_output_grad=True, group=self.tp_group
+            )
+        return copy_to_tensor_model_parallel_region(hidden, group=self.tp_group)
+
+    def _loss(self, hidden: Tensor, labels: Tensor, loss_mask: Tensor) -> LossOutput:
+        loss_sum, per_token = vocab_parallel_linear_cross_entropy(
+            hidden.flatten(0, 1),
+            self.output_weight(),
+            labels.t().flatten(),
+            loss_mask.t().flatten(),
+            tp_group=self.tp_group,
+        )
+        return LossOutput(loss_sum, per_token.unflatten(0, hidden.shape[:2]).t())
+
+    def _last_token_logits(self, hidden: Tensor) -> Tensor:
+        logits = torch.nn.functional.linear(hidden[-1], self.output_weight())
+        return gather_from_tensor_model_parallel_region(logits, group=self.tp_group).float()

@@ -1,0 +1,102 @@
+"""One residual block, in its five placements of the layer norm.
+
+    pre_ln, sub_ln        x ← x + attention(norm(x));      x ← x + mlp(norm(x))
+    post_ln               x ← norm(x + attention(x));      x ← norm(x + mlp(x))
+    deepnorm              x ← norm(α·x + attention(x));    x ← norm(α·x + mlp(x))
+    deepnorm_pre_ln       x ← α·x + attention(norm(x));    x ← α·x + mlp(norm(x))
+
+sub_ln (Magneto) differs from pre_ln inside the sublayers: attention's output projection and the
+second feed-forward matrix each normalise their input, over its full width
+(`parallel.layers.SubLayerNormRowParallelLinear`).
+
+Attention and feed-forward are megatron-core's modules; this layer takes the place of its
+TransformerLayer inside its TransformerBlock. Activations are sequence-first: [s, b, h].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.config import LayerNormPlacement
+from parallel.megatron import (
+    BaseTransformerLayer,
+    MegatronModule,
+    ModuleSpec,
+    TransformerConfig,
+    build_module,
+    get_transformer_layer_offset,
+)
+
+
+@dataclass
+class TransformerLayerSubmodules:
+    norm: Any
+    self_attention: ModuleSpec
+    mlp: ModuleSpec
+    placement: LayerNormPlacement
+    residual_scale: float
+
+
+class TransformerLayer(MegatronModule, BaseTransformerLayer):
+    """Attention and feed-forward, each in a residual branch; see the table above.
+
+    `input_layernorm` and `pre_mlp_layernorm` keep megatron-core's names in every placement, so
+    that checkpoints of the placements have the same keys.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: TransformerLayerSubmodules,
+        layer_number: int = 1,
+        pg_collection: Any = None,
+        vp_stage: int | None = None,
+    ) -> None:
+        super().__init__(config)
+        offset = get_transformer_layer_offset(config, vp_stage, pg_collection.pp.rank())
+        self.layer_number = layer_number + offset  # 1-based, over the whole model
+        self.norm_first = submodules.placement not in (
+            LayerNormPlacement.post_ln,
+            LayerNormPlacement.deepnorm,
+        )
+        self.residual_scale = submodules.residual_scale
+        self.dropout = config.hidden_dropout
+        width = {"hidden_size": config.hidden_size, "eps": config.layernorm_epsilon}
+        self.input_layernorm = submodules.norm(config=config, **width)
+        self.self_attention = build_module(
+            submodules.self_attention,
+            config=config,
+            layer_number=layer_number,
+            pg_collection=pg_collection,
+        )
+        self.pre_mlp_layernorm = submodules.norm(config=config, **width)
+        self.mlp = build_module(submodules.mlp, config=config)
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **unused: Any
+    ) -> tuple[Tensor, None]:
+        """hidden_states [s, b, h] (s/tp under sequence parallelism) -> the same shape.
+
+        The second result is megatron-core's cross-attention context, which a decoder-only model
+        has not.
+        """
+        x = self._residual(hidden_states, self._attention, self.input_layernorm)
+        x = self._residual(x, self.mlp, self.pre_mlp_layernorm)
+        return x, None
+
+    def _attention(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self.self_attention(x, attention_mask=None)
+
+    def _residual(self, x: Tensor, sublayer: Any, norm: Any) -> Tensor:
+        out, bias = sublayer(norm(x) if self.norm_first else x)
+        if bias is not None:
+            out = out + bias
+        if self.dropout and self.training:
+            out = F.dropout(out, self.dropout)
+        scaled = x if self.residual_scale == 1.0 else self.residual_scale * x
+        x = scaled + out
+        return x if self.norm_first else norm(x)

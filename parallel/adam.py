@@ -1,0 +1,91 @@
+"""AdamW on torch's fused kernel, behind the interface megatron-core expects of apex's FusedAdam.
+
+megatron-core takes FusedAdam from Transformer Engine or apex, and else falls back to
+``torch.optim.AdamW``, whose per-parameter step counters its distributed checkpoints cannot load.
+Here, as in apex, the step lives in the parameter group and the per-parameter state is exactly
+{exp_avg, exp_avg_sq}.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+class FusedAdam(torch.optim.Optimizer):
+    """AdamW (arXiv 1711.05101) with bias correction, decoupled weight decay by default."""
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        bias_correction: bool = True,
+        adam_w_mode: bool = True,
+        **unused: Any,
+    ) -> None:
+        if not bias_correction:
+            raise ValueError("FusedAdam always corrects its bias; bias_correction=False is unknown")
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "bias_correction": True,
+        }
+        super().__init__(params, defaults)
+        self.adam_w_mode = adam_w_mode
+
+    def initialize_state(self, parameter: torch.Tensor, *unused: Any) -> None:
+        state = self.state[parameter]
+        if not state:
+            state["exp_avg"] = torch.zeros_like(parameter.detach())
+            state["exp_avg_sq"] = torch.zeros_like(parameter.detach())
+
+    @torch.no_grad()
+    def step(self, closure: Callable | None = None) -> None:  # type: ignore[override]
+        fused = torch._fused_adamw_ if self.adam_w_mode else torch._fused_adam_
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if not parameters:
+                continue
+            group["step"] = group.get("step", 0) + 1
+            for parameter in parameters:
+                self.initialize_state(parameter)
+            step = torch.full((), float(group["step"]), device=parameters[0].device)
+            fused(
+                parameters,
+                [p.grad for p in parameters],
+                [self.state[p]["exp_avg"] for p in parameters],
+                [self.state[p]["exp_avg_sq"] for p in parameters],
+                [],
+                [step] * len(parameters),
+                lr=float(group["lr"]),
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                amsgrad=False,
+                maximize=False,
+            )
+
+
+def register() -> bool:
+    """Make megatron-core use `FusedAdam` where it would use apex's. False when a real one is there.
+
+    Its DistributedOptimizer asserts the class by a module global, so the globals are replaced.
+    """
+    import megatron.core.optimizer as optimizer
+    import megatron.core.optimizer.distrib_optimizer as distributed_optimizer
+
+    if not optimizer.USING_PYTORCH_OPTIMIZER:
+        return optimizer.Adam is FusedAdam
+    optimizer.Adam = distributed_optimizer.Adam = FusedAdam
+    optimizer.USING_PYTORCH_OPTIMIZER = False
+    distributed_optimizer.HAVE_APEX_OR_TE = True
+    distributed_optimizer.USING_APEX_OPTIMIZER = True
+    return True

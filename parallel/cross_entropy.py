@@ -1,0 +1,233 @@
+"""Output projection and cross-entropy in one, over a vocabulary sharded across ranks.
+
+The logits of a whole micro-batch are the largest tensor of a language model: 2048 tokens by 32 000
+words are 262 MB in fp32, and log-softmax and its backward pass each make another. Here they exist
+for one chunk of tokens at a time, and the gradient is taken while they do: for a sum of losses it
+needs nothing from later layers but one factor. Nothing is recomputed, so this costs the three
+matrix products of the plain form and fewer passes over the logits.
+
+Shapes: t tokens, h hidden size, v vocabulary, P tensor-parallel ranks, c tokens in a chunk.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from parallel.weight_gradient import (
+    accumulate_weight_gradient,
+    fused_main_grad,
+    gradient_placeholder,
+)
+
+# Size of the fp32 logits of one chunk. On the CPU larger ones fall out of cache between passes and
+# smaller ones re-read the weight and its gradient too often; on a GPU the chunk must only be long
+# enough to fill the device.
+LOGITS_CHUNK_BYTES_CPU = 32 * 2**20
+LOGITS_CHUNK_BYTES_GPU = 512 * 2**20
+# Rows of logits passed over together on the CPU: all four passes find them in the L2 cache.
+CPU_CACHE_BYTES = 2 * 2**20
+
+
+def default_chunk_tokens(vocabulary_shard: int, device: torch.device) -> int:
+    """Tokens whose fp32 logits over this rank's part of the vocabulary fill the chunk budget."""
+    budget = LOGITS_CHUNK_BYTES_GPU if device.type == "cuda" else LOGITS_CHUNK_BYTES_CPU
+    tokens = budget // (4 * vocabulary_shard)
+    return max(128, tokens - tokens % 128)
+
+
+def vocab_parallel_linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    loss_mask: Tensor,
+    *,
+    tp_group: dist.ProcessGroup | None = None,
+    chunk_tokens: int | None = None,
+    gradient_accumulation_fusion: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Masked sum of the cross-entropy of softmax(hidden · weightᵀ) over the whole vocabulary.
+
+    Every rank of `tp_group` (None: no sharding) must call it with the same `hidden`, `labels` and
+    `loss_mask` and its own rows of the weight, rank r holding words r·v/P to (r+1)·v/P.
+
+    Args:
+        hidden: [t, h], fp32 or bf16.
+        weight: [v/P, h], same type.
+        labels: [t], int64; at masked positions any number is allowed.
+        loss_mask: [t], factor of each token's loss; 0 leaves it out.
+        chunk_tokens: tokens taken at a time; None: `default_chunk_tokens`.
+        gradient_accumulation_fusion: add the weight's gradient to `weight.main_grad` if it exists.
+
+    Returns:
+        loss_sum: Σ_t loss_mask_t · loss_t, an fp32 scalar equal on all ranks.
+        per_token_loss: [t] fp32 in nats, unmasked and detached; at a position whose label is no
+            word of the vocabulary it is the log-sum-exp of the logits, which means nothing.
+
+    The gradient of `hidden` is this rank's part of a sum over `tp_group`: the mapping the caller
+    put in front (copy_to_tensor_model_parallel_region, or the gather under sequence parallelism)
+    adds it up. Matrix products are in the type of `hidden`; softmax and loss in fp32.
+
+    Raises ValueError if shapes disagree or chunk_tokens < 1, RuntimeError if an unmasked label is
+    outside the vocabulary (on a GPU as a device-side assertion, since looking would wait for it).
+    """
+    t = hidden.shape[0]
+    if hidden.dim() != 2 or labels.shape != (t,) or loss_mask.shape != (t,):
+        raise ValueError(
+            "hidden, labels and loss_mask must be [t, h], [t] and [t]; got "
+            f"{list(hidden.shape)}, {list(labels.shape)} and {list(loss_mask.shape)}; flatten "
+            "sequence and batch first."
+        )
+    if chunk_tokens is None:
+        chunk_tokens = default_chunk_tokens(weight.shape[0], hidden.device)
+    if chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens={chunk_tokens}: must be at least 1, or None to choose.")
+    vocabulary = weight.shape[0] * (1 if tp_group is None else tp_group.size())
+    torch._assert_async(  # no wait on a GPU
+        ((loss_mask == 0) | ((labels >= 0) & (labels < vocabulary))).all(),
+        f"a label with a non-zero loss_mask is not in the vocabulary of {vocabulary} words",
+    )
+    if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
+        return _LinearCrossEntropy.apply(
+            hidden, weight, labels, loss_mask, tp_group, chunk_tokens, gradient_accumulation_fusion
+        )
+    loss, _, _ = _chunked_loss(
+        hidden, weight, labels, loss_mask, tp_group, chunk_tokens, False, False
+    )
+    return torch.dot(loss, loss_mask.float()), loss
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, hidden, weight, labels, loss_mask, tp_group, chunk_tokens, gradient_accumulation_fusion
+    ):
+        loss, grad_hidden, grad_weight = _chunked_loss(
+            hidden, weight, labels, loss_mask, tp_group, chunk_tokens, *ctx.needs_input_grad[:2]
+        )
+        ctx.save_for_backward(weight, grad_hidden, grad_weight)
+        ctx.main_grad = fused_main_grad(weight, gradient_accumulation_fusion)
+        ctx.mark_non_differentiable(loss)
+        return torch.dot(loss, loss_mask.float()), loss
+
+    @staticmethod
+    def backward(ctx, grad_loss_sum, _):  # type: ignore[no-untyped-def]
+        weight, grad_hidden, grad_weight = ctx.saved_tensors
+        # Reading the factor off a GPU would wait for it; on the CPU it is free and mostly 1.
+        factor = grad_loss_sum if grad_loss_sum.is_cuda else grad_loss_sum.item()
+        scaled = not (isinstance(factor, float) and factor == 1.0)
+        if grad_hidden is not None and scaled:
+            grad_hidden = grad_hidden * factor
+        if grad_weight is not None and ctx.main_grad is not None:
+            if isinstance(factor, float):
+                ctx.main_grad.add_(grad_weight, alpha=factor)
+            else:
+                ctx.main_grad.addcmul_(grad_weight, factor)
+            grad_weight = gradient_placeholder(weight)
+        elif grad_weight is not None:
+            grad_weight = (grad_weight * factor if scaled else grad_weight).to(weight.dtype)
+        return grad_hidden, grad_weight, None, None, None, None, None
+
+
+def _chunked_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    loss_mask: Tensor,
+    tp_group: dist.ProcessGroup | None,
+    chunk_tokens: int,
+    needs_grad_hidden: bool,
+    needs_grad_weight: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Per-token loss [t] and the gradients of the masked sum: hidden's [t, h], weight's in fp32."""
+    t, shard = hidden.shape[0], weight.shape[0]
+    chunk_tokens = min(chunk_tokens, max(t, 1))
+    first_word = 0 if tp_group is None else tp_group.rank() * shard
+    loss_mask = loss_mask.float()
+    loss = torch.empty(t, dtype=torch.float32, device=hidden.device)
+    grad_hidden = torch.empty_like(hidden) if needs_grad_hidden else None
+    grad_weight = (
+        torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
+        if needs_grad_weight
+        else None
+    )
+    # in fp32 one buffer is logits, exponentials and gradient in turn; in bf16 the exponentials,
+    # and so softmax and loss, have an fp32 buffer of their own
+    one_buffer = hidden.dtype == torch.float32
+    logits_buffer = hidden.new_empty(chunk_tokens, shard)
+    exp_buffer = logits_buffer if one_buffer else torch.empty_like(logits_buffer, dtype=torch.float32)
+
+    for start in range(0, t, chunk_tokens):
+        chunk = slice(start, min(start + chunk_tokens, t))
+        hidden_c, mask_c = hidden[chunk], loss_mask[chunk]
+        logits, exp = logits_buffer[: len(mask_c)], exp_buffer[: len(mask_c)]
+        torch.mm(hidden_c, weight.t(), out=logits)
+        if not one_buffer:
+            exp.copy_(logits)
+        word = labels[chunk] - first_word
+        owned = (word >= 0) & (word < shard)
+        word = word.clamp_(0, shard - 1).unsqueeze(1)
+        target_logit = exp.gather(1, word).squeeze(1) * owned
+        local_max, local_sum = exponentiate_rows_(exp)
+
+        statistics = torch.stack([local_max, local_sum, target_logit])
+        row_max, row_sum, target_logit = combine_softmax_shards(_gather(statistics, tp_group))
+        loss[chunk] = row_sum.log() + row_max - target_logit
+
+        if grad_hidden is None and grad_weight is None:
+            continue
+        # gradient of a logit: mask · (probability - [this word is the label])
+        row_factor = (mask_c * (local_max - row_max).exp() / row_sum).unsqueeze(1)
+        target_gradient = exp.gather(1, word) * row_factor - (owned * mask_c).unsqueeze(1)
+        grad_logits = torch.mul(exp, row_factor, out=logits)
+        grad_logits.scatter_(1, word, target_gradient.to(logits.dtype))
+        if grad_hidden is not None:
+            torch.mm(grad_logits, weight, out=grad_hidden[chunk])
+        if grad_weight is not None:
+            if start == 0 and grad_weight.dtype == hidden.dtype:
+                torch.mm(grad_logits.t(), hidden_c, out=grad_weight)  # saves writing zeros first
+                continue
+            if start == 0:
+                grad_weight.zero_()
+            accumulate_weight_gradient(hidden_c, grad_logits, grad_weight)
+    if t == 0 and grad_weight is not None:
+        grad_weight.zero_()
+    return loss, grad_hidden, grad_weight
+
+
+def exponentiate_rows_(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """logits [c, n] fp32 become exp(logits - row maximum) in place; returns maximum and sum [c].
+
+    On the CPU a few rows at a time, so that they stay in cache through the four passes (measured:
+    a third to a half of the time of four passes over the whole chunk).
+    """
+    c, n = logits.shape
+    row_max, row_sum = logits.new_empty(c, 1), logits.new_empty(c, 1)
+    block = c if logits.is_cuda else max(1, CPU_CACHE_BYTES // (4 * n))
+    for start in range(0, c, block):
+        rows = slice(start, start + block)
+        x = logits[rows]
+        torch.amax(x, 1, keepdim=True, out=row_max[rows])
+        x.sub_(row_max[rows]).exp_()
+        torch.sum(x, 1, keepdim=True, out=row_sum[rows])
+    return row_max.squeeze(1), row_sum.squeeze(1)
+
+
+def combine_softmax_shards(statistics: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """From every shard's statistics [P, 3, c] those of the whole row: maximum, sum, target logit.
+
+    The three are, over a shard: the maximum logit, Σ exp(logit - that maximum), and the label's
+    logit if the shard holds it, else 0.
+    """
+    shard_max, shard_sum, shard_target = statistics.unbind(1)
+    row_max = shard_max.amax(0)
+    row_sum = (shard_sum * (shard_max - row_max).exp()).sum(0)
+    return row_max, row_sum, shard_target.sum(0)
+
+
+def _gather(statistics: Tensor, tp_group: dist.ProcessGroup | None) -> Tensor:
+    """[3, c] of every rank, as [P, 3, c]: the only collective, 12 bytes a token and rank."""
+    if tp_group is None or tp_group.size() == 1:
+        return statistics.unsqueeze(0)
+    gathered = statistics.new_empty(tp_group.size(), *statistics.shape)
+    dist.all_gather_into_tensor(gathered, statistics.contiguous(), group=tp_group)
+    return gathered

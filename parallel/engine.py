@@ -1,0 +1,199 @@
+"""The engine: forward and backward over micro-batches, gradient reduction, one optimizer step.
+
+`Engine` is what the training loop needs of any engine; `MegatronEngine` does it with
+megatron-core's schedules (plain, 1F1B, interleaved 1F1B), gradient buffers, gradient
+finalisation, clipping and distributed optimizer (ZeRO-1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from parallel import adam
+from parallel.config import OptimizerConfig, ParallelConfig
+from parallel.megatron import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    MegatronModule,
+    MegatronOptimizerConfig,
+    finalize_model_grads,
+    get_forward_backward_func,
+    get_megatron_optimizer,
+    parallel_state,
+)
+from parallel.runtime import Runtime
+
+# (iterator over micro-batches, model chunk) -> (model output, function of it)
+# The function runs on the last stage only and returns (loss sum, valid tokens, metrics); the loss
+# sum carries the gradient.
+ForwardStep = Callable[[Iterator[Any], torch.nn.Module], tuple[Any, Callable[[Any], Any]]]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What an optimizer step reports; the same on every rank."""
+
+    grad_norm: float  # global, before clipping
+    applied: bool  # False when the gradients were not finite and the update was skipped
+
+
+class Engine(Protocol):
+    chunks: Sequence[torch.nn.Module]
+
+    def forward_backward(
+        self,
+        micro_batches: Sequence[Any],
+        forward_step: ForwardStep,
+        *,
+        seq_length: int,
+        micro_batch_size: int,
+        forward_only: bool = False,
+    ) -> list[dict[str, Any]]: ...
+
+    def step(self, learning_rate: float) -> StepResult: ...
+
+    def sharded_state_dict(self, *, is_loading: bool = False) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class MegatronEngine:
+    """megatron-core's training machinery around the model chunks of this rank.
+
+    All ranks must construct it and call its methods in the same order.
+
+    Args:
+        chunks: this rank's model chunks, on the runtime's device, weights already initialised
+            (the optimizer copies them into its fp32 master weights).
+        parallel, optimizer: settings.
+        runtime: this process's place in the layout.
+    """
+
+    def __init__(
+        self,
+        chunks: Sequence[MegatronModule],
+        parallel: ParallelConfig,
+        optimizer: OptimizerConfig,
+        runtime: Runtime,
+    ) -> None:
+        adam.register()
+        self.runtime = runtime
+        self.parallel = parallel
+        config = chunks[0].config
+        ddp_config = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=parallel.overlap_grad_reduce,
+            overlap_param_gather=parallel.overlap_param_gather,
+            use_distributed_optimizer=parallel.use_distributed_optimizer,
+            average_in_collective=False,
+        )
+        self.chunks = [
+            # buckets beyond the first chunk would only delay the reduction they overlap with
+            DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=index > 0)
+            for index, chunk in enumerate(chunks)
+        ]
+        self.optimizer = get_megatron_optimizer(
+            MegatronOptimizerConfig(
+                optimizer="adam",
+                lr=optimizer.lr,
+                weight_decay=optimizer.weight_decay,
+                adam_beta1=optimizer.adam_beta1,
+                adam_beta2=optimizer.adam_beta2,
+                adam_eps=optimizer.adam_eps,
+                clip_grad=optimizer.clip_grad,
+                bf16=config.bf16,
+                params_dtype=config.params_dtype,
+                use_distributed_optimizer=parallel.use_distributed_optimizer,
+                overlap_param_gather=parallel.overlap_param_gather,
+            ),
+            list(self.chunks),
+        )
+        self._set_schedule_hooks(config)
+
+    def _set_schedule_hooks(self, config: Any) -> None:
+        config.finalize_model_grads_func = finalize_model_grads
+        single = len(self.chunks) == 1
+        if self.parallel.overlap_grad_reduce:
+            no_sync = [chunk.no_sync for chunk in self.chunks]
+            config.no_sync_func = no_sync[0] if single else no_sync
+        if self.parallel.overlap_param_gather:
+            param_sync = [chunk.start_param_sync for chunk in self.chunks]
+            config.param_sync_func = param_sync[0] if single else param_sync
+
+    def forward_backward(
+        self,
+        micro_batches: Sequence[Any],
+        forward_step: ForwardStep,
+        *,
+        seq_length: int,
+        micro_batch_size: int,
+        forward_only: bool = False,
+    ) -> list[dict[str, Any]]:
+        """Run the schedule over this rank's micro-batches; gradients end up reduced and divided.
+
+        Gradients are sums over the step's valid tokens divided by their global count, whatever
+        the micro-batching and the layout. Returns the metrics of each micro-batch on the last
+        pipeline stage, an empty list elsewhere.
+        """
+        if forward_only:
+            for chunk in self.chunks:
+                chunk.eval()
+        else:
+            for chunk in self.chunks:
+                chunk.train()
+                chunk.zero_grad_buffer()
+            self.optimizer.zero_grad()
+        iterators = [iter(micro_batches) for _ in self.chunks]
+        single = len(self.chunks) == 1
+        run = get_forward_backward_func()
+        return run(
+            forward_step_func=forward_step,
+            data_iterator=iterators[0] if single else iterators,
+            model=self.chunks[0] if single else list(self.chunks),
+            num_microbatches=len(micro_batches),
+            seq_length=seq_length,
+            micro_batch_size=micro_batch_size,
+            forward_only=forward_only,
+        )
+
+    def step(self, learning_rate: float) -> StepResult:
+        """Clip by the global norm and update, with this learning rate."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate * group.get("lr_mult", 1.0)
+        applied, grad_norm, _ = self.optimizer.step()
+        return StepResult(float(grad_norm or 0.0), bool(applied))
+
+    def sharded_state_dict(self, *, is_loading: bool = False) -> dict[str, Any]:
+        """Weights and optimizer state as megatron-core's sharded tensors, layout-free keys."""
+        metadata = self.checkpoint_metadata()
+        # one dictionary per chunk: their keys are layer numbers within the chunk
+        state: dict[str, Any] = {
+            f"model{index}": chunk.module.sharded_state_dict(metadata=metadata)
+            for index, chunk in enumerate(self.chunks)
+        }
+        models = state["model0"] if len(self.chunks) == 1 else dict(state)
+        state["optimizer"] = self.optimizer.sharded_state_dict(
+            models, is_loading=is_loading, metadata=metadata
+        )
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `parallel.checkpoint_io.load` filled in."""
+        for index, chunk in enumerate(self.chunks):
+            chunk.module.load_state_dict(state[f"model{index}"], strict=True)
+        with torch.no_grad():  # fp32 master weights may be views of parameters
+            self.optimizer.load_state_dict(state["optimizer"])
+
+    def checkpoint_metadata(self) -> dict[str, Any]:
+        """How megatron-core should lay out the optimizer's shards: readable by any layout."""
+        return {
+            "distrib_optim_sharding_type": "fully_reshardable",
+            "distrib_optim_fully_reshardable_mem_efficient": False,
+            "singleton_local_shards": False,
+            "chained_optim_avoid_prefix": True,
+            "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+        }

@@ -1,0 +1,119 @@
+"""The one door to megatron-core: the CPU bridge first, then the names this project uses.
+
+Import megatron-core names from here and nowhere else, so that the bridge is always in place
+before megatron-core is imported, and so that what we depend on can be read in one list.
+"""
+
+import warnings
+
+from parallel import cpu_bridge
+
+cpu_bridge.install()
+with cpu_bridge.fast_import(), warnings.catch_warnings():
+    # megatron-core warns once per module that Transformer Engine and apex are missing;
+    # parallel.accelerators reports them, once, with what each would bring
+    warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex).*")
+    from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+    from megatron.core.distributed import (
+        DistributedDataParallel,
+        DistributedDataParallelConfig,
+        finalize_model_grads,
+    )
+    from megatron.core.enums import ModelType
+    from megatron.core.models.common.embeddings.language_model_embedding import (
+        LanguageModelEmbedding,
+    )
+    from megatron.core.models.common.language_module.language_module import LanguageModule
+    from megatron.core.num_microbatches_calculator import (
+        destroy_num_microbatches_calculator,
+        init_num_microbatches_calculator,
+    )
+    from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+    from megatron.core.optimizer import get_megatron_optimizer
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.tensor_parallel.layers import (
+        ColumnParallelLinear,
+        RowParallelLinear,
+        VocabParallelEmbedding,
+        set_tensor_model_parallel_attributes,
+    )
+    from megatron.core.tensor_parallel.mappings import (
+        copy_to_tensor_model_parallel_region,
+        gather_from_sequence_parallel_region,
+        gather_from_tensor_model_parallel_region,
+        reduce_from_tensor_model_parallel_region,
+        reduce_scatter_to_sequence_parallel_region,
+        scatter_to_sequence_parallel_region,
+    )
+    from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+    from megatron.core.transformer.enums import AttnMaskType
+    from megatron.core.transformer.mlp import MLP, MLPSubmodules
+    from megatron.core.transformer.module import Float16Module, MegatronModule
+    from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+    from megatron.core.transformer.transformer_block import (
+        TransformerBlock,
+        TransformerBlockSubmodules,
+        get_num_layers_to_build,
+    )
+    from megatron.core.transformer.transformer_config import TransformerConfig
+    from megatron.core.transformer.transformer_layer import (
+        BaseTransformerLayer,
+        get_transformer_layer_offset,
+    )
+    from megatron.core.transformer.utils import (
+        make_sharded_tensors_for_checkpoint,
+        sharded_state_dict_default,
+    )
+    from megatron.core.utils import get_model_config, make_tp_sharded_tensor_for_checkpoint
+
+cpu_bridge.repair_megatron()
+
+__all__ = [
+    "MLP",
+    "AttnMaskType",
+    "BaseTransformerLayer",
+    "ColumnParallelLinear",
+    "DistributedDataParallel",
+    "DistributedDataParallelConfig",
+    "Float16Module",
+    "LanguageModelEmbedding",
+    "LanguageModule",
+    "MLPSubmodules",
+    "MegatronModule",
+    "MegatronOptimizerConfig",
+    "ModelType",
+    "ModuleSpec",
+    "ProcessGroupCollection",
+    "RowParallelLinear",
+    "SelfAttention",
+    "SelfAttentionSubmodules",
+    "ShardedTensor",
+    "TransformerBlock",
+    "TransformerBlockSubmodules",
+    "TransformerConfig",
+    "VocabParallelEmbedding",
+    "build_module",
+    "copy_to_tensor_model_parallel_region",
+    "destroy_num_microbatches_calculator",
+    "dist_checkpointing",
+    "finalize_model_grads",
+    "gather_from_sequence_parallel_region",
+    "gather_from_tensor_model_parallel_region",
+    "get_forward_backward_func",
+    "get_megatron_optimizer",
+    "get_model_config",
+    "get_num_layers_to_build",
+    "get_transformer_layer_offset",
+    "init_num_microbatches_calculator",
+    "make_sharded_tensors_for_checkpoint",
+    "make_tp_sharded_tensor_for_checkpoint",
+    "parallel_state",
+    "reduce_from_tensor_model_parallel_region",
+    "reduce_scatter_to_sequence_parallel_region",
+    "scatter_to_sequence_parallel_region",
+    "set_tensor_model_parallel_attributes",
+    "sharded_state_dict_default",
+    "tensor_parallel",
+]

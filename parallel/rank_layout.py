@@ -1,0 +1,134 @@
+"""Which rank sits where: the arithmetic of 3D parallelism, without a process group.
+
+Ranks are numbered as megatron-core numbers them by default, order "tp-cp-ep-dp-pp" with ep = 1:
+the tensor-parallel coordinate varies fastest and the pipeline stage slowest,
+
+    rank = tp + TP * (cp + CP * (dp + DP * pp))
+
+so that the ranks that talk most sit on one node. Imports neither torch nor megatron-core.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from parallel.config import ConfigError, ParallelConfig, below
+
+
+class Coordinates(NamedTuple):
+    """Place of one rank along each axis."""
+
+    tp: int
+    cp: int
+    dp: int
+    pp: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankLayout:
+    """Sizes of the axes; `data_parallel_size` is what the others leave of the world.
+
+    Raises ConfigError where the sizes do not divide `world_size`, the number of processes.
+    """
+
+    world_size: int
+    tensor_model_parallel_size: int = 1
+    context_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+
+    def __post_init__(self) -> None:
+        problems = below(
+            {
+                "world_size": self.world_size,
+                "parallel.tensor_model_parallel_size": self.tensor_model_parallel_size,
+                "parallel.context_parallel_size": self.context_parallel_size,
+                "parallel.pipeline_model_parallel_size": self.pipeline_model_parallel_size,
+            },
+            1,
+        )
+        if not problems and self.world_size % self.model_replica_size:
+            problems.append(self._wrong_world_size())
+        if problems:
+            raise ConfigError(*problems)
+
+    @classmethod
+    def of(cls, config: ParallelConfig, world_size: int) -> "RankLayout":
+        return cls(
+            world_size=world_size,
+            tensor_model_parallel_size=config.tensor_model_parallel_size,
+            context_parallel_size=config.context_parallel_size,
+            pipeline_model_parallel_size=config.pipeline_model_parallel_size,
+        )
+
+    @property
+    def model_replica_size(self) -> int:
+        """Ranks that hold one copy of the model together: TP x CP x PP."""
+        return (
+            self.tensor_model_parallel_size
+            * self.context_parallel_size
+            * self.pipeline_model_parallel_size
+        )
+
+    @property
+    def data_parallel_size(self) -> int:
+        return self.world_size // self.model_replica_size
+
+    @property
+    def sizes(self) -> Coordinates:
+        """Size of each axis; those of megatron-core's RankGenerator with ep = 1."""
+        return Coordinates(
+            tp=self.tensor_model_parallel_size,
+            cp=self.context_parallel_size,
+            dp=self.data_parallel_size,
+            pp=self.pipeline_model_parallel_size,
+        )
+
+    def coordinates(self, rank: int) -> Coordinates:
+        """Where `rank` sits. Raises ValueError for a rank outside the world."""
+        if not 0 <= rank < self.world_size:
+            raise ValueError(f"rank {rank} is not among the {self.world_size} ranks of the world")
+        places = []
+        for size in self.sizes:  # fastest axis first
+            rank, place = divmod(rank, size)
+            places.append(place)
+        return Coordinates(*places)
+
+    def rank(self, *, tp: int = 0, cp: int = 0, dp: int = 0, pp: int = 0) -> int:
+        """The rank at these coordinates: the inverse of `coordinates`."""
+        sizes = self.sizes
+        return tp + sizes.tp * (cp + sizes.cp * (dp + sizes.dp * pp))
+
+    def groups(self, *axes: str) -> list[list[int]]:
+        """Ranks that differ only along `axes`, ascending, as one list for each group.
+
+        `groups("tp")` are the tensor-parallel groups, `groups("dp", "cp")` those over which
+        gradients are reduced. Raises ValueError for an axis that is not tp, cp, dp or pp.
+        """
+        for axis in axes:
+            if axis not in Coordinates._fields:
+                raise ValueError(f"no axis is called {axis!r}; choose from tp, cp, dp and pp")
+        members: dict[Coordinates, list[int]] = {}
+        for rank in range(self.world_size):
+            shared = self.coordinates(rank)._replace(**dict.fromkeys(axes, 0))
+            members.setdefault(shared, []).append(rank)
+        return list(members.values())
+
+    def group_of(self, rank: int, *axes: str) -> list[int]:
+        """The group along `axes` that `rank` belongs to."""
+        return next(group for group in self.groups(*axes) if rank in group)
+
+    def _wrong_world_size(self) -> str:
+        replica, world = self.model_replica_size, self.world_size
+        works = [world // replica * replica, (world // replica + 1) * replica]
+        factors = [
+            f"parallel.tensor_model_parallel_size={self.tensor_model_parallel_size}",
+            f"parallel.pipeline_model_parallel_size={self.pipeline_model_parallel_size}",
+        ]
+        if self.context_parallel_size > 1:
+            factors.append(f"parallel.context_parallel_size={self.context_parallel_size}")
+        started = "1 process was" if world == 1 else f"{world} processes were"
+        return (
+            f"{' x '.join(factors)} needs a multiple of {replica} processes, and {started} "
+            f"started; start {' or '.join(str(n) for n in works if n)} with torchrun "
+            "--nproc-per-node, or choose "
+            + ("1 for each" if world == 1 else f"sizes whose product divides {world}")
+        )

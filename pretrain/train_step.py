@@ -1,0 +1,104 @@
+"""One optimizer step, and the forward function that training and evaluation share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data.batch import Batch
+from models.language_model import LossOutput
+from parallel.engine import Engine
+from parallel.runtime import Runtime
+from pretrain.loss import LanguageLosses
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """The same on every rank."""
+
+    losses: LanguageLosses
+    grad_norm: float
+    applied: bool  # False: gradients were not finite, the update was skipped
+    stop_requested: bool  # by any rank
+
+
+def forward_step(
+    micro_batches: Iterator[Batch], model: torch.nn.Module, *, device: torch.device
+) -> tuple[Any, Any]:
+    """megatron-core's forward-step protocol: model output, and the loss as a function of it."""
+    batch = next(micro_batches).to(device)
+    output = model(batch.tokens, batch.labels, batch.loss_mask)
+    return output, partial(loss_of, batch)
+
+
+def loss_of(batch: Batch, output: LossOutput) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """(loss sum, valid tokens, metrics) of one micro-batch, on the last pipeline stage.
+
+    The engine divides the step's gradient by the global count of valid tokens; see
+    `pretrain.loss.mean_over_valid_tokens`.
+    """
+    valid_tokens = batch.loss_mask.sum().to(torch.int)
+    return output.loss_sum, valid_tokens, {"batch": batch, "loss": output.per_token_loss}
+
+
+def train_step(
+    engine: Engine,
+    micro_batches: list[Batch],
+    runtime: Runtime,
+    *,
+    learning_rate: float,
+    languages: Sequence[str],
+    stop_requested: bool,
+) -> StepMetrics:
+    """Forward and backward over this rank's micro-batches, reduction, one update.
+
+    All ranks must call it. `stop_requested` is this rank's own wish; the answer is everybody's.
+    """
+    metrics = engine.forward_backward(
+        micro_batches, partial(forward_step, device=runtime.device), **_shape(micro_batches)
+    )
+    result = engine.step(learning_rate)
+    losses, stop = reduce_losses(metrics, runtime, languages, stop_requested)
+    return StepMetrics(losses, result.grad_norm, result.applied, stop)
+
+
+def forward_losses(
+    engine: Engine, micro_batches: list[Batch], runtime: Runtime, *, languages: Sequence[str]
+) -> LanguageLosses:
+    """Losses of these micro-batches on every data-parallel rank, without gradients."""
+    metrics = engine.forward_backward(
+        micro_batches,
+        partial(forward_step, device=runtime.device),
+        **_shape(micro_batches),
+        forward_only=True,
+    )
+    return reduce_losses(metrics, runtime, languages, False)[0]
+
+
+def reduce_losses(
+    metrics: list[dict[str, Any]], runtime: Runtime, languages: Sequence[str], flag: bool
+) -> tuple[LanguageLosses, bool]:
+    """Sum the micro-batches' losses over the world and tell every rank: one small all-reduce.
+
+    Only one tensor-parallel rank of each last pipeline stage contributes; the others hold copies
+    or nothing. The flag (true on every rank if on any) rides along.
+    """
+    losses = LanguageLosses.zeros(languages, device=runtime.device)
+    if runtime.is_last_pipeline_stage and runtime.tensor_parallel_rank == 0:
+        for entry in metrics:
+            batch: Batch = entry["batch"]
+            losses.add(entry["loss"], batch.loss_mask, batch.language_ids)
+    packed = torch.cat([losses.totals.flatten(), losses.totals.new_tensor([float(flag)])])
+    torch.distributed.all_reduce(packed)
+    packed = packed.cpu()
+    return LanguageLosses(packed[:-1].view(languages, 2)), bool(packed[-1] > 0)
+
+
+def _shape(micro_batches: list[Batch]) -> dict[str, int]:
+    micro_batch_size, seq_length = micro_batches[0].tokens.shape
+    return {"seq_length": seq_length, "micro_batch_size": micro_batch_size}

@@ -1,0 +1,299 @@
+"""Real gloo processes for tests: `run_on_gloo(2, function, ...)` calls function on two ranks.
+
+The workers are forked once from a process that has torch and megatron-core imported already, and
+stay alive over the session, each waiting for its next job. Measured on 2 cores, after the first
+job: 2 ranks MEASURE2 ms, 8 ranks MEASURE8 ms for a job that does one all-reduce; a forked worker
+costs about FORK ms once, and again after each job that failed.
+
+A job's function is sent by its importable name: it must sit at the top level of a module. What a
+job leaves behind in its process (process groups, megatron-core's state, environment variables,
+seeds, a running `parallel.runtime`) is taken away afterwards; modules it patched are not.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import faulthandler
+import gc
+import importlib
+import multiprocessing
+import os
+import pickle
+import signal
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from typing import IO, Any
+
+# before torch is imported: forked children must not inherit a pool of OpenMP threads
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+MAX_WORKERS = 8
+# After the first failure, how long the other ranks have to report theirs before they are killed.
+_GRACE_SECONDS = 0.3
+_FORK = multiprocessing.get_context("fork")
+
+
+class RankFailed(Exception):
+    """A job raised, died or hung on some ranks. `reports` maps each of those ranks to its text."""
+
+    def __init__(self, headline: str, reports: dict[int, str]) -> None:
+        self.reports = reports
+        parts = [f"---- rank {rank} ----\n{text.rstrip()}" for rank, text in reports.items()]
+        super().__init__("\n".join([headline, *parts]))
+
+
+def run_on_gloo(
+    world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 120.0
+) -> list[Any]:
+    """`function(*args)` on `world_size` ranks of a fresh gloo process group; results by rank.
+
+    RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are set as torchrun sets them, and
+    the default process group exists, so `parallel.runtime.initialize` uses it. Arguments and
+    results are pickled by value, tensors too.
+
+    Raises:
+        RankFailed: a rank raised (its traceback is in the message), died, or was still busy
+            after `timeout` seconds (each rank's Python stack is in the message). The workers of
+            that job are killed and replaced.
+        TypeError: the function or its arguments cannot be sent.
+        ValueError: `world_size` is not in 1..MAX_WORKERS.
+    """
+    return _pool.run(world_size, function, args, timeout)
+
+
+def close_pool() -> None:
+    """End all workers; the next `run_on_gloo` starts new ones."""
+    _pool.close()
+
+
+@dataclass
+class _Worker:
+    process: Any  # multiprocessing's ForkProcess
+    connection: Connection
+    stacks: IO[bytes]  # where the worker writes its stack on SIGUSR1
+
+    def stack(self) -> str:
+        """The Python stack of every thread of the worker, even if it is stuck in C++."""
+        assert self.process.pid is not None
+        self.stacks.seek(0, os.SEEK_END)
+        start = self.stacks.tell()
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.process.pid, signal.SIGUSR1)
+        text = b""
+        for _ in range(50):  # up to 1 s: a stopped process answers nothing
+            time.sleep(0.02)
+            self.stacks.seek(start)
+            previous, text = text, self.stacks.read()
+            if text and text == previous:
+                break
+        return text.decode(errors="replace") or "(no stack: the process does not answer)"
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.join()
+        self.connection.close()
+        self.stacks.close()
+
+
+class _Pool:
+    def __init__(self) -> None:
+        self.workers: list[_Worker] = []
+        self._warm = False
+
+    def run(
+        self, world_size: int, function: Callable[..., Any], args: tuple[Any, ...], timeout: float
+    ) -> list[Any]:
+        if not 1 <= world_size <= MAX_WORKERS:
+            raise ValueError(f"world_size={world_size} is not in 1..MAX_WORKERS={MAX_WORKERS}")
+        try:
+            job = pickle.dumps((function, args))
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise TypeError(
+                f"run_on_gloo cannot send {function!r} with its arguments: {error}. The function"
+                " must be at the top level of an importable module, the arguments picklable."
+            ) from error
+        self._warm_up()
+        self.workers = [w for w in self.workers if w.process.is_alive()]
+        while len(self.workers) < world_size:
+            self.workers.append(self._fork())
+        team = self.workers[:world_size]
+        try:
+            return self._run_on(team, job, timeout, function.__qualname__)
+        except BaseException:  # also pytest-timeout and Ctrl-C: nobody stays busy
+            for worker in team:
+                worker.kill()
+            self.workers = self.workers[world_size:]
+            raise
+
+    def close(self) -> None:
+        for worker in self.workers:
+            worker.kill()
+        self.workers = []
+
+    def _warm_up(self) -> None:
+        """Import once what every worker needs, in the parent, before the first fork."""
+        if self._warm:
+            return
+        import torch
+
+        torch.set_num_threads(1)
+        # _dynamo is what the first optimizer of a process imports: 0.8 s once instead of per rank
+        for name in ("torch._dynamo", "parallel.megatron", "parallel.runtime"):
+            importlib.import_module(name)
+        gc.collect()
+        gc.freeze()  # the children's collections leave these pages shared
+        self._warm = True
+
+    def _fork(self) -> _Worker:
+        ours, theirs = _FORK.Pipe()
+        # a worker that held the others' pipes would keep them from seeing the parent's end
+        inherited = [ours, *(worker.connection for worker in self.workers)]
+        stacks = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - closed by kill()
+        process = _FORK.Process(target=_work, args=(theirs, inherited, stacks))
+        process.start()
+        theirs.close()
+        return _Worker(process, ours, stacks)
+
+    def _run_on(self, team: list[_Worker], job: bytes, timeout: float, name: str) -> list[Any]:
+        world_size = len(team)
+        deadline = time.monotonic() + timeout
+        for rank, worker in enumerate(team):
+            worker.connection.send((rank, world_size, timeout, job))
+        results: dict[int, Any] = {}
+        failures: dict[int, str] = {}
+        busy = dict(enumerate(team))
+        while busy:
+            ready = wait([w.connection for w in busy.values()], deadline - time.monotonic())
+            if not ready:
+                break
+            for rank, worker in list(busy.items()):
+                if worker.connection not in ready:
+                    continue
+                try:
+                    kind, content = worker.connection.recv()
+                except EOFError:
+                    worker.process.join()
+                    kind, content = "failure", _epitaph(worker.process.exitcode)
+                if kind == "port":  # rank 0 hosts the store and says where
+                    for other in team[1:]:
+                        with contextlib.suppress(BrokenPipeError):
+                            other.connection.send(content)
+                    continue
+                del busy[rank]
+                if kind == "result":
+                    results[rank] = pickle.loads(content)
+                    continue
+                if not failures:
+                    deadline = min(deadline, time.monotonic() + _GRACE_SECONDS)
+                failures[rank] = content
+        if failures:
+            raise RankFailed(
+                f"{name} failed on rank(s) {sorted(failures)} of {world_size}", failures
+            )
+        if busy:
+            raise RankFailed(
+                f"{name} hung: still busy after timeout={timeout:g} s on rank(s) {sorted(busy)}"
+                f" of {world_size}",
+                {rank: worker.stack() for rank, worker in busy.items()},
+            )
+        return [results[rank] for rank in range(world_size)]
+
+
+_pool = _Pool()
+# registered after multiprocessing's own handler, hence run before it: that one would wait
+atexit.register(close_pool)
+
+
+def _epitaph(exitcode: int) -> str:
+    if exitcode < 0:
+        return f"the process was ended by {signal.Signals(-exitcode).name}"
+    return f"the process left by itself with exit code {exitcode}"
+
+
+def _work(connection: Connection, inherited: list[Connection], stacks: IO[bytes]) -> None:
+    """A worker's life: jobs from the pipe until the parent is gone."""
+    for other in inherited:
+        other.close()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which kills us
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
+    gc.freeze()
+    try:
+        while True:
+            rank, world_size, timeout, job = connection.recv()
+            connection.send(_do(connection, rank, world_size, timeout, job))
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        pass
+    finally:
+        os._exit(0)  # no destructors, no handlers the parent registered
+
+
+def _do(
+    connection: Connection, rank: int, world_size: int, timeout: float, job: bytes
+) -> tuple[str, Any]:
+    import torch
+    import torch.distributed as dist
+
+    environment = dict(os.environ)
+    try:
+        store = dist.TCPStore(
+            "127.0.0.1",
+            0 if rank == 0 else connection.recv(),
+            is_master=rank == 0,
+            wait_for_workers=False,
+            multi_tenant=True,
+            timeout=timedelta(seconds=timeout),
+        )
+        if rank == 0:
+            connection.send(("port", store.port))
+        os.environ.update(
+            RANK=str(rank),
+            WORLD_SIZE=str(world_size),
+            LOCAL_RANK=str(rank),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(store.port),
+        )
+        dist.init_process_group(
+            "gloo",
+            store=dist.PrefixStore("job", store),
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=timeout),
+        )
+        torch.manual_seed(0)
+        function, args = pickle.loads(job)
+        result = pickle.dumps(function(*args))
+        if dist.is_initialized():
+            dist.barrier()  # nobody takes connections down that another rank still uses
+        _tidy_up()
+        return "result", result
+    except BaseException:
+        # process groups stay as they are: the parent kills this worker
+        return "failure", traceback.format_exc()
+    finally:
+        os.environ.clear()
+        os.environ.update(environment)
+
+
+def _tidy_up() -> None:
+    import torch
+    import torch.distributed as dist
+
+    from parallel import runtime
+    from parallel.megatron import parallel_state, tensor_parallel
+
+    if runtime._current is not None:
+        runtime.shutdown(runtime._current)
+    parallel_state.destroy_model_parallel()
+    tensor_parallel.get_cuda_rng_tracker().reset()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    torch.set_default_dtype(torch.float32)
+    torch.set_grad_enabled(True)
+    gc.collect()
