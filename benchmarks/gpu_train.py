@@ -6,15 +6,14 @@ The framework's own step (model, megatron-core engine, fused AdamW, reduction of
 data loading, logging and checkpoints. Prints tokens/s, model FLOPs utilisation against the vendor's
 peak, peak memory, and GPU time by class of kernel over a few profiled steps.
 
-Written without a GPU at hand: it HAS NOT RUN ON ONE YET. `--allow-cpu` walks the same path on a CPU,
-with the small shapes that have to be given beside it.
+Written without a GPU at hand: it HAS NOT RUN ON ONE YET. `--allow-cpu` walks the same path on a
+CPU, with the small shapes that have to be given beside it.
 
 Exit status 3: out of GPU memory, so that a caller can try a smaller micro-batch.
 """
 
 import argparse
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -138,8 +137,6 @@ def describe(result: dict) -> str:
 def main() -> int:
     given = parse_arguments()
     given.out.mkdir(parents=True, exist_ok=True)
-    # set before the first allocation: fragments of the logits' size cost gigabytes otherwise
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     model = ModelConfig(
         name="magneto_1b",
         num_layers=given.num_layers,

@@ -34,6 +34,7 @@ _SAME_CODE = """
 de nl sv  fr es it ro  ru uk pl cs  lt  el  hi bn mr ur  fa  ta te kn  ar he am  fi hu  tr
 ja  ko  id fil  vi  th  sw
 """
+_LATIN = "en de nl sv es fr it pt ro pl cs lt fi hu tr id fil vi sw"
 # ours -> the package's
 LOCALES = {code: code for code in _SAME_CODE.split()} | {
     "en": "en-GB",
@@ -47,9 +48,7 @@ VOCAB_SIZE = 8192
 # lengths of the English sentence in characters: long enough to be prose, short enough for variety
 SHORTEST, LONGEST = 45, 160
 
-_NON_LATIN = """
-ru uk el hi bn mr ur fa ta te kn ar he am zh zh-Hant ja ko th
-""".split()
+_NON_LATIN = set(LOCALES) - set(_LATIN.split())
 
 
 def download(folder: Path) -> Path:
@@ -78,8 +77,9 @@ def package_files(deb: Path) -> Iterator[tuple[str, bytes]]:
             data = io.BytesIO(content[at + 60 : at + 60 + size])
             with tarfile.open(fileobj=data, mode="r|*") as archive:
                 for member in archive:
-                    if member.isfile():
-                        yield member.name.removeprefix("./"), archive.extractfile(member).read()
+                    file = archive.extractfile(member) if member.isfile() else None
+                    if file:
+                        yield member.name.removeprefix("./"), file.read()
             return
         at += 60 + size + size % 2
     raise ValueError(f"{deb}: no data.tar in it")
@@ -231,8 +231,8 @@ def readme(deb: Path, records: list[dict[str, str]]) -> str:
 
 Sentences from the user interface of Chromium, as translated by its project: the same {SENTENCES}
 sentences in {len(LOCALES)} languages of {len(families)} families, {megabytes:.2f} MB of UTF-8.
-Each document is {SENTENCES_PER_DOCUMENT} neighbouring sentences, one a line; documents with the same
-`doc_id` are translations of each other. English is British, Portuguese European.
+Each document is {SENTENCES_PER_DOCUMENT} neighbouring sentences, one a line; documents with the
+same `doc_id` are translations of each other. English is British, Portuguese European.
 
 - `chromium_ui.jsonl.gz`: one document a line, with the fields
   `text`, `language`, `family`, `source`, `license`, `doc_id`

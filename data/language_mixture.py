@@ -83,12 +83,11 @@ class LanguageMixture:
 
         asked = self._language_weights()
         self._counts = apportion(asked, SAMPLES_PER_BLOCK)
-        lost = [code for code, w, c in zip(self.languages, asked, self._counts, strict=True) if w > 0 and not c]
+        lost = [self.languages[i] for i in np.flatnonzero((asked > 0) & (self._counts == 0))]
         if lost:
             logger.warning(
-                "%s: the weight of %s is below 1/%d and rounds to nothing: no sample of it will "
-                "be drawn; raise its family's ratio or lower data.mixture.alpha",
-                "data.mixture",
+                "the weight of %s is below 1/%d and rounds to nothing: no sample of it will be "
+                "drawn; raise its family's ratio or lower data.mixture.alpha",
                 ", ".join(lost),
                 2 * SAMPLES_PER_BLOCK,
             )

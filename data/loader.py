@@ -179,11 +179,10 @@ def _check_rank(micro_batch_size: int, rank: int, ranks: int) -> None:
 
 def _batch(ids: np.ndarray, valid: np.ndarray, language_ids: np.ndarray) -> Batch:
     """ids [b, s + 1], valid labels [b], language ids [b], all int64."""
-    all_ids = torch.from_numpy(ids)
-    place = torch.arange(ids.shape[1] - 1)
+    label_is_valid = np.arange(ids.shape[1] - 1) < valid[:, None]
     return Batch(
-        tokens=all_ids[:, :-1].contiguous(),
-        labels=all_ids[:, 1:].contiguous(),
-        loss_mask=(place < torch.from_numpy(valid)[:, None]).float(),
+        tokens=torch.from_numpy(ids[:, :-1].copy()),
+        labels=torch.from_numpy(ids[:, 1:].copy()),
+        loss_mask=torch.from_numpy(label_is_valid.astype(np.float32)),
         language_ids=torch.from_numpy(language_ids),
     )

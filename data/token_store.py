@@ -17,6 +17,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -85,7 +86,7 @@ class TokenStoreWriter:
         if not 0 <= eod_id < vocab_size:
             raise ValueError(f"eod_id={eod_id} is outside the vocabulary of {vocab_size}")
         self.prefix.parent.mkdir(parents=True, exist_ok=True)
-        self._about = {
+        self._about: dict[str, Any] = {
             "language": language,
             "family": family,
             "tokenizer_fingerprint": tokenizer_fingerprint,

@@ -37,8 +37,8 @@ DEMO_TOKENIZER = DEMO / "tokenizer.json"
 SPLITS = ("train", "validation")
 _MANIFEST = "manifest.json"
 _DOCUMENTS_AT_ONCE = 256
-# Files below this are hashed every time; larger ones are known again by size and modification time.
-_ALWAYS_HASHED_BYTES = 64 << 20
+# Files below this are hashed every time; larger ones are known again by size and modification time
+_ALWAYS_HASHED_BYTES = 1 << 20
 
 
 def is_validation(doc_id: str, validation_fraction: float) -> bool:
@@ -65,7 +65,7 @@ def prepare_stores(
     own and renames it into place, and those that come second throw theirs away. To build only once,
     let one rank call it first. A killed builder leaves a folder `.building-*` behind.
 
-    Files of 64 MiB and more are not hashed again while their size and modification time stay the
+    Files of 1 MiB and more are not hashed again while their size and modification time stay the
     same; the cache folder remembers their hash.
 
     Raises what data.corpus raises, and ValueError where nothing would be left to train on.
@@ -137,7 +137,9 @@ def open_stores(folder: Path, split: str, languages: Sequence[str] = ()) -> list
 
     An absent split is an empty list. Raises ValueError if a named language has no training store.
     """
-    stores = [TokenStore(path.with_suffix("")) for path in sorted((folder / split).glob("*.json"))]
+    # also by .idx: a store without its sidecar is an error, not a language less
+    files = [*(folder / split).glob("*.json"), *(folder / split).glob("*.idx")]
+    stores = [TokenStore(prefix) for prefix in {path.with_suffix("") for path in files}]
     found = {store.language for store in stores}
     missing = sorted(set(languages) - found)
     if missing and split == "train":
@@ -157,7 +159,9 @@ def _tokenize(
     validation_fraction: float,
     languages: Sequence[str],
 ) -> dict[str, Any]:
-    wanted, present, families, empty = set(languages), set(), {}, 0
+    wanted, empty = set(languages), 0
+    present: set[str] = set()
+    families: dict[str, str] = {}
     writers: dict[tuple[str, str], TokenStoreWriter] = {}
     with ExitStack() as stack:
         for batch in _batches(read_documents(corpus), _DOCUMENTS_AT_ONCE):
@@ -202,7 +206,7 @@ def _tokenize(
 
 
 def _family(document: Document, families: dict[str, str]) -> str:
-    """The record's family, else the table's; ValueError if a language has had another one before."""
+    """The record's family, else the table's; ValueError if the language has had another one."""
     family = document.family or family_of(document.language)
     before = families.setdefault(document.language, family)
     if before != family:
@@ -277,9 +281,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="python -m data.tokenize_corpus", description=__doc__.split("\n\n")[0]
     )
     parser.add_argument("--corpus", type=Path, default=DEMO_CORPUS, help="default: the demo text")
-    parser.add_argument(
-        "--tokenizer", type=Path, default=DEMO_TOKENIZER, help="default: the demo's"
-    )
+    parser.add_argument("--tokenizer", type=Path, default=DEMO_TOKENIZER, help="a tokenizer.json")
     parser.add_argument("--eod-token", default="", help="the token that ends a document")
     parser.add_argument("--out", type=Path, required=True, help="a folder that does not exist yet")
     parser.add_argument("--validation-fraction", type=float, default=0.05)
@@ -293,8 +295,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         tokenizer = load_tokenizer(given.tokenizer, given.eod_token)
         write_stores(given.corpus, tokenizer, given.out, given.validation_fraction, languages)
-    except (OSError, ValueError, KeyError) as error:
-        parser.exit(1, f"{error.args[0] if isinstance(error, KeyError) else error}\n")
+    except (OSError, ValueError) as error:
+        parser.exit(1, f"{error}\n")
     print(f"{'split':<12}{'family':<16}{'language':<10}{'documents':>12}{'tokens':>15}")
     for split in SPLITS:
         for store in open_stores(given.out, split):

@@ -12,14 +12,13 @@ import traceback
 from pathlib import Path
 from typing import NoReturn
 
-ROOT = Path(__file__).resolve().parent.parent
-if __name__ == "__main__":
-    sys.path[0] = str(ROOT)  # not launch/, where `import pretrain` would find this very file
+# before launch/, where `import pretrain` would find this very file
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from launch.schema import CONF, CompositionError, explain, register, to_pretrain_config
 from parallel.config import ConfigError
@@ -30,7 +29,8 @@ def launch(cfg: DictConfig) -> None:
     """Called by Hydra with the settings put together; with --multirun, once for each job."""
     hydra_config = HydraConfig.get()
     try:
-        config = to_pretrain_config(cfg, hydra_config.overrides.task)
+        words = OmegaConf.to_container(hydra_config.overrides.task, resolve=False)
+        config = to_pretrain_config(cfg, words)
         validate(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
     except ConfigError as error:
         refuse(error)
@@ -68,7 +68,7 @@ def refuse(error: ConfigError) -> NoReturn:
 def raised_by_us(error: Exception) -> bool:
     """Whether a `raise` of one of our rooms ended the run: then its message says all there is."""
     last = traceback.extract_tb(error.__traceback__)[-1]
-    return ROOT in Path(last.filename).parents and (last.line or "").startswith("raise ")
+    return CONF.parent in Path(last.filename).parents and (last.line or "").startswith("raise ")
 
 
 if __name__ == "__main__":

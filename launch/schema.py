@@ -17,10 +17,10 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-import yaml
+import yaml  # type: ignore[import-untyped]
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -69,7 +69,7 @@ def to_pretrain_config(cfg: DictConfig, overrides: Sequence[str] = ()) -> Pretra
     problems = [_no_such_setting(key, overrides) for key in _unknown_settings(cfg)]
     if OmegaConf.is_missing(cfg.model, "name"):
         raise ConfigError(*problems, _no_model())
-    problems += [f"{key} has no value" for key in sorted(OmegaConf.missing_keys(cfg))]
+    problems += [f"{key} has no value" for key in sorted(OmegaConf.missing_keys(cfg.model))]
     if problems:
         raise ConfigError(*problems)
     values: dict[str, Any] = {}
@@ -77,7 +77,7 @@ def to_pretrain_config(cfg: DictConfig, overrides: Sequence[str] = ()) -> Pretra
         try:
             value = cfg[field.name]
             values[field.name] = OmegaConf.to_object(value) if _is_section(value) else value
-        except ValueError as error:  # OmegaConf's are ValueErrors too
+        except (ValueError, OmegaConfBaseException) as error:
             problems += explain(error, overrides).problems
     if problems:
         raise ConfigError(*problems)
@@ -104,8 +104,9 @@ def explain(error: Exception, overrides: Sequence[str] = ()) -> ConfigError:
         return ConfigError(_not_yet_chosen(found[1], overrides))
     if found := re.search(r"Multiple values for (\w+)\.", text):
         return ConfigError(_already_chosen(found[1], overrides))
-    if found := re.search(r"Error parsing override '(.*)'\n(.*)", text):
-        return ConfigError(f"{found[1]}: write SETTING=VALUE, this cannot be read: {found[2]}")
+    if isinstance(error, OverrideParseException):
+        reason = text.split("override '" + error.override + "'")[-1].strip().splitlines()[0]
+        return ConfigError(f"{error.override} is not SETTING=VALUE as Hydra reads it: {reason}")
     if found := re.search(r"An item is already at '(.+)'", text):
         typed = _typed(found[1], overrides)
         return ConfigError(f"{typed} exists already; drop the +: {typed.lstrip('+')}")
@@ -136,7 +137,7 @@ def _wrong_setting(key: str, text: str, overrides: Sequence[str]) -> str:
     typed = override or (f"{key}={value[1]}" if value else key)
     annotation = _annotation(key)
     if annotation is None:  # a table where one value belongs, or one of Hydra's own settings
-        return f"{where}{typed} does not fit: {text.splitlines()[-1 if file else 0]}"
+        return f"{where}{typed} does not fit: {text.splitlines()[1]}"
     rule, choices = _rule(annotation)
     meant = _near(typed.partition("=")[2], choices)
     return f"{where}{typed} must be {rule}" + (f"; did you mean {meant[0]}?" if meant else "")
@@ -160,8 +161,10 @@ def _no_such_file(path: str) -> str:
     if not group or not there:
         return f"{path}.yaml is not among the configuration files"
     meant = [f"{plus}{group}={near}" for near in _near(name, there)]
-    hint = f"did you mean {' or '.join(meant)}? " if meant else ""
-    return f"{plus}{group}={name}: not in conf/{group}; {hint}There are {', '.join(there)}"
+    hint = f"; did you mean {' or '.join(meant)}?" if meant else "."
+    return (
+        f"{plus}{group}={name}: there is no conf/{path}.yaml{hint} Choose from {', '.join(there)}"
+    )
 
 
 def _not_yet_chosen(group: str, overrides: Sequence[str]) -> str:
@@ -193,10 +196,10 @@ def _no_model() -> str:
 
 def _model(path: Path) -> ModelConfig:
     """A file of conf/model, with those that its defaults list names below it."""
-    cfg = OmegaConf.load(path)
-    bases = [name for name in cfg.pop("defaults", []) if name != "_self_"]
+    own = typing.cast(DictConfig, OmegaConf.load(path))
+    bases = [name for name in own.pop("defaults", []) if name != "_self_"]
     parts = [OmegaConf.load(path.with_name(f"{base}.yaml")) for base in bases]
-    merged = OmegaConf.merge(OmegaConf.structured(ModelConfig), *parts, cfg)
+    merged = OmegaConf.merge(OmegaConf.structured(ModelConfig), *parts, own)
     return typing.cast(ModelConfig, OmegaConf.to_object(merged))
 
 
@@ -259,7 +262,7 @@ def _unknown_settings(cfg: DictConfig) -> list[str]:
     unknown = []
 
     def look(node: DictConfig, prefix: str) -> None:
-        for name in node:
+        for name in map(str, node):
             key = f"{prefix}{name}"
             if key in _sections():
                 look(node[name], f"{key}.")
@@ -301,7 +304,9 @@ def _near(wish: str, names: Sequence[str]) -> list[str]:
         its_section, _, its_end = name.lower().rpartition(".")
         shorter, longer = sorted((end, its_end), key=len)
         score = max(
-            SequenceMatcher(None, wish.lower(), name.lower()).ratio(),
+            SequenceMatcher(None, wish.lower(), name.lower()).ratio()
+            if section != its_section
+            else 0,
             SequenceMatcher(None, end, its_end).ratio(),
             # a part of the name, as `steps` of train_steps
             0.65 + 0.3 * len(shorter) / len(longer) if shorter and shorter in longer else 0,

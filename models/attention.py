@@ -8,6 +8,7 @@ without positions, which are applied here because xPos scales queries and keys d
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from models.config import ModelConfig, PositionEmbedding
 from models.xpos import rotary_table, rotate, xpos_tables
-from parallel.megatron import MegatronModule, TransformerConfig
+from parallel.megatron import MegatronModule, TransformerConfig, tensor_parallel
 
 
 class RotaryTables:
@@ -49,8 +50,8 @@ class RotaryTables:
 class CausalAttention(MegatronModule):
     """softmax(q·kᵀ/sqrt(d)) v under a causal mask; flash kernels on GPU and CPU through SDPA.
 
-    Never holds an [s, s] mask or score matrix. Dropout on the probabilities uses torch's generator
-    (see docs/reproducibility.md for what that means across layouts).
+    Never holds an [s, s] mask or score matrix. Dropout on the probabilities differs between
+    tensor-parallel ranks, which hold different heads.
     """
 
     def __init__(
@@ -82,17 +83,23 @@ class CausalAttention(MegatronModule):
     ) -> Tensor:
         """query [s, b, n, d], key and value [s, b, g, d] -> [s, b, n·d]."""
         if self.rotary is not None:
-            query_table, key_table = self.rotary.get(
-                query.shape[0], query.shape[-1], query.device
-            )
+            query_table, key_table = self.rotary.get(query.shape[0], query.shape[-1], query.device)
             query, key = rotate(query, query_table), rotate(key, key_table)
-        out = F.scaled_dot_product_attention(
-            query.permute(1, 2, 0, 3),
-            key.permute(1, 2, 0, 3),
-            value.permute(1, 2, 0, 3),
-            is_causal=True,
-            dropout_p=self.dropout if self.training else 0.0,
-            scale=self.scale,
-            enable_gqa=key.shape[2] != query.shape[2],
-        )  # [b, n, s, d]
+        dropout = self.dropout if self.training else 0.0
+        with self._dropout_generator(dropout):
+            out = F.scaled_dot_product_attention(
+                query.permute(1, 2, 0, 3),
+                key.permute(1, 2, 0, 3),
+                value.permute(1, 2, 0, 3),
+                is_causal=True,
+                dropout_p=dropout,
+                scale=self.scale,
+                enable_gqa=key.shape[2] != query.shape[2],
+            )  # [b, n, s, d]
         return out.permute(2, 0, 1, 3).flatten(2)
+
+    def _dropout_generator(self, dropout: float) -> AbstractContextManager:
+        # under sequence parallelism megatron-core's TransformerBlock has forked already
+        if dropout == 0.0 or self.config.sequence_parallel:
+            return nullcontext()
+        return tensor_parallel.get_cuda_rng_tracker().fork()

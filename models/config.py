@@ -148,7 +148,8 @@ class ModelConfig:
         if heads % self.query_groups:
             problems.append(
                 f"model.num_query_groups={self.query_groups} must divide "
-                f"model.num_attention_heads={heads}; use {nearest_divisor(heads, self.query_groups)}"
+                f"model.num_attention_heads={heads}; use "
+                f"{nearest_divisor(heads, self.query_groups)}"
             )
         return problems
 

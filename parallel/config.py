@@ -56,7 +56,7 @@ class RecomputeGranularity(Enum):
 
 
 class SubLayerNormReduction(Enum):
-    """How a sub-LayerNorm over a tensor-parallel-sharded width obtains its full-width statistics."""
+    """Where a sub-LayerNorm over a sharded width has its full-width statistics from."""
 
     folded = "folded"  # ride as extra columns on the row-parallel layer's own reduction
     all_reduce = "all_reduce"  # an all-reduce of their own

@@ -12,6 +12,7 @@ Shapes: t tokens, h hidden size, v vocabulary, P tensor-parallel ranks, c tokens
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from parallel.weight_gradient import (
     accumulate_weight_gradient,
@@ -43,7 +44,7 @@ def vocab_parallel_linear_cross_entropy(
     *,
     tp_group: dist.ProcessGroup | None = None,
     chunk_tokens: int | None = None,
-    gradient_accumulation_fusion: bool = False,
+    gradient_accumulation_fusion: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Masked sum of the cross-entropy of softmax(hidden · weightᵀ) over the whole vocabulary.
 
@@ -56,7 +57,8 @@ def vocab_parallel_linear_cross_entropy(
         labels: [t], int64; at masked positions any number is allowed.
         loss_mask: [t], factor of each token's loss; 0 leaves it out.
         chunk_tokens: tokens taken at a time; None: `default_chunk_tokens`.
-        gradient_accumulation_fusion: add the weight's gradient to `weight.main_grad` if it exists.
+        gradient_accumulation_fusion: add the weight's gradient to `weight.main_grad` if it exists
+            (where it does DistributedDataParallel made it, and expects either).
 
     Returns:
         loss_sum: Σ_t loss_mask_t · loss_t, an fp32 scalar equal on all ranks.
@@ -110,6 +112,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return torch.dot(loss, loss_mask.float()), loss
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_loss_sum, _):  # type: ignore[no-untyped-def]
         weight, grad_hidden, grad_weight = ctx.saved_tensors
         # Reading the factor off a GPU would wait for it; on the CPU it is free and mostly 1.
@@ -154,7 +157,9 @@ def _chunked_loss(
     # and so softmax and loss, have an fp32 buffer of their own
     one_buffer = hidden.dtype == torch.float32
     logits_buffer = hidden.new_empty(chunk_tokens, shard)
-    exp_buffer = logits_buffer if one_buffer else torch.empty_like(logits_buffer, dtype=torch.float32)
+    exp_buffer = (
+        logits_buffer if one_buffer else torch.empty_like(logits_buffer, dtype=torch.float32)
+    )
 
     for start in range(0, t, chunk_tokens):
         chunk = slice(start, min(start + chunk_tokens, t))

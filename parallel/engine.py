@@ -7,6 +7,7 @@ finalisation, clipping and distributed optimizer (ZeRO-1).
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -24,6 +25,7 @@ from parallel.megatron import (
     get_forward_backward_func,
     get_megatron_optimizer,
     parallel_state,
+    tensor_parallel,
 )
 from parallel.runtime import Runtime
 
@@ -159,6 +161,23 @@ class MegatronEngine:
             micro_batch_size=micro_batch_size,
             forward_only=forward_only,
         )
+
+    def seed_dropout(self, seed: int, step: int) -> None:
+        """Make the dropout masks of a step a function of (seed, step, pipeline, data, tensor rank).
+
+        A resumed run repeats the masks of an uninterrupted one without any random state being
+        saved. Other layouts draw other masks. Does nothing in a model without dropout.
+        """
+        config = self.chunks[0].config
+        if not (config.hidden_dropout or config.attention_dropout):
+            return
+        place = (self.runtime.pipeline_parallel_rank, self.runtime.data_parallel_rank)
+        text = f"dropout:{seed}:{step}:{place}".encode()
+        key = int.from_bytes(hashlib.blake2b(text, digest_size=4).digest(), "little")
+        torch.manual_seed(key)
+        # tensor-parallel ranks share the seed above (they hold the same activations) and differ in
+        # megatron-core's tracker, which sharded activations draw from
+        tensor_parallel.model_parallel_cuda_manual_seed(key)
 
     def step(self, learning_rate: float) -> StepResult:
         """Clip by the global norm and update, with this learning rate."""

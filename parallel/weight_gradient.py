@@ -51,6 +51,15 @@ def _addmm_accumulates_in_fp32(device: torch.device, dtype: torch.dtype) -> bool
     return bool((result == 4097).all())
 
 
+def matmul_in_fp32(a: Tensor, b: Tensor) -> Tensor:
+    """a [i, k] · b [k, j] in fp32, also for bf16 factors, whose product is then not rounded."""
+    if a.dtype == torch.float32:
+        return a @ b
+    if a.is_cuda and _addmm_accumulates_in_fp32(a.device, a.dtype):
+        return torch.ops.aten.mm.dtype(a, b, torch.float32)
+    return a.float() @ b.float()
+
+
 def weight_gradient(
     weight: Tensor, main_grad: Tensor | None, inputs: Tensor, grad_output: Tensor
 ) -> Tensor | None:

@@ -122,7 +122,9 @@ def check_identity(
         before, now = saved.get(part, {}), current.get(part, {})
         for key in sorted({*before, *now}):
             if before.get(key) != now.get(key):
-                differences.append(f"  {part}.{key}: {before.get(key)!r} saved, {now.get(key)!r} now")
+                differences.append(
+                    f"  {part}.{key}: {before.get(key)!r} saved, {now.get(key)!r} now"
+                )
     if differences:
         raise CheckpointError(
             f"{path} was saved by another run; it differs in\n"

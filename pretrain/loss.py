@@ -86,6 +86,10 @@ class LanguageLosses:
             members.setdefault(family, []).append(language)
         return self._means(members)
 
+    def valid_tokens(self) -> int:
+        """Valid tokens over all languages; waits for the device."""
+        return int(self.totals[:, 1].sum())
+
     def mean(self) -> float:
         """Token-weighted mean over all languages; NaN without a valid token."""
         loss_sum, tokens = self.totals.sum(dim=0)

@@ -123,7 +123,9 @@ def plot_curves(metrics_path: str | Path, png_path: str | Path) -> Path:
     left, right = figure.subplots(1, 2)
     _draw_training(left, curves.get("train/loss"))
     _draw_families(right, families, curves.get("eval/loss"))
+    last_step = max([1, *(steps[-1] for steps, _ in curves.values())])
     for axes in (left, right):
+        axes.set_xlim(-0.03 * last_step, 1.03 * last_step)
         axes.set_xlabel("optimizer step")
         axes.set_ylabel("nats per token")
         axes.grid(alpha=0.25, linewidth=0.6)

@@ -153,6 +153,10 @@ class WandbTracker:
             # wandb's own axis counts calls of log; ours is the optimizer step
             self._run.define_metric("*", step_metric="step")
             self._first_step = self._run.step
+            where = (
+                self._run.url or f"wandb sync {run_dir}/wandb/offline-run-*  (recording offline)"
+            )
+            print(f"Weights & Biases: {where}", flush=True)
         except Exception as error:
             self._give_up("could not start", error)
 

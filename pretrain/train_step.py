@@ -31,9 +31,15 @@ def forward_step(
     micro_batches: Iterator[Batch], model: torch.nn.Module, *, device: torch.device
 ) -> tuple[Any, Any]:
     """megatron-core's forward-step protocol: model output, and the loss as a function of it."""
-    batch = next(micro_batches).to(device)
+    batch = to_device(next(micro_batches), device)
     output = model(batch.tokens, batch.labels, batch.loss_mask)
     return output, partial(loss_of, batch)
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch on the device; a copy the host does not wait for."""
+    tensors = (batch.tokens, batch.labels, batch.loss_mask, batch.language_ids)
+    return Batch(*(tensor.to(device, non_blocking=True) for tensor in tensors))
 
 
 def loss_of(batch: Batch, output: LossOutput) -> tuple[Tensor, Tensor, dict[str, Any]]:
@@ -88,7 +94,7 @@ def reduce_losses(
     Only one tensor-parallel rank of each last pipeline stage contributes; the others hold copies
     or nothing. The flag (true on every rank if on any) rides along.
     """
-    losses = LanguageLosses.zeros(languages, device=runtime.device)
+    losses = LanguageLosses(languages, device=runtime.device)
     if runtime.is_last_pipeline_stage and runtime.tensor_parallel_rank == 0:
         for entry in metrics:
             batch: Batch = entry["batch"]
@@ -96,7 +102,8 @@ def reduce_losses(
     packed = torch.cat([losses.totals.flatten(), losses.totals.new_tensor([float(flag)])])
     torch.distributed.all_reduce(packed)
     packed = packed.cpu()
-    return LanguageLosses(packed[:-1].view(languages, 2)), bool(packed[-1] > 0)
+    losses.totals = packed[:-1].view(-1, 2)
+    return losses, bool(packed[-1] > 0)
 
 
 def _shape(micro_batches: list[Batch]) -> dict[str, int]:

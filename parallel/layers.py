@@ -1,0 +1,13 @@
+"""The project's own layers, in one place to import from; each lives in the file it is named after."""
+
+from parallel.cross_entropy import vocab_parallel_linear_cross_entropy
+from parallel.norm import Norm
+from parallel.sub_layernorm import SubLayerNormRowParallelLinear
+from parallel.weight_gradient import enable_torch_weight_gradient_fusion
+
+__all__ = [
+    "Norm",
+    "SubLayerNormRowParallelLinear",
+    "enable_torch_weight_gradient_fusion",
+    "vocab_parallel_linear_cross_entropy",
+]

@@ -1,0 +1,222 @@
+"""A pretraining run from beginning to end. Start reading here.
+
+Settings arrive checked (`launch.pretrain`); every rank calls `run` and every rank does the same
+things in the same order, because most of them are collective.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from data.open_data import Data, open_data, prepare
+from models.build import build_model
+from models.parameter_count import flops_per_token
+from parallel.engine import MegatronEngine
+from parallel.precision import parameter_dtype
+from parallel.runtime import Runtime, initialize, shutdown
+from pretrain.checkpoint import Checkpoints
+from pretrain.config import PretrainConfig
+from pretrain.progress import Progress
+from pretrain.provenance import write_run_record
+from pretrain.report import plot_curves, print_report
+from pretrain.stop_signal import StopSignal
+from pretrain.throughput import ThroughputMeter, peak_flops_of_run
+from pretrain.tracker import make_tracker
+from pretrain.train_loop import Outcome, TrainLoop
+
+
+def run(config: PretrainConfig) -> Outcome:
+    """Train `config.model` on `config.data` until `train.train_steps` or a signal.
+
+    Writes the run's record, metrics, checkpoints and curves into `config.run_dir`.
+    """
+    with StopSignal(announce=print if _is_rank_zero() else None) as stop:
+        runtime = initialize(config.parallel, config.train.seed)
+        run_dir = Path(config.run_dir)
+
+        data = prepare_data(config, runtime)
+        chunks = build_model(
+            config.model,
+            config.parallel,
+            runtime,
+            vocab_size=vocab_size(config, data),
+            seed=config.train.seed,
+        )
+        engine = MegatronEngine(chunks, config.parallel, config.optimizer, runtime)
+
+        record_run(config, data, runtime, run_dir)
+        checkpoints = Checkpoints(
+            run_dir / "checkpoints", config.checkpoint, identity(config, data)
+        )
+        state = checkpoints.resume(engine)
+        tracker = make_tracker(
+            config.wandb,
+            run_dir,
+            runtime.rank,
+            asdict_plain(config),
+            resumed_step=state.step or None,
+        )
+        loop = TrainLoop(
+            config=config,
+            engine=engine,
+            runtime=runtime,
+            data=data,
+            loader=data.train_loader(
+                micro_batch_size=config.train.micro_batch_size,
+                global_batch_size=config.train.global_batch_size,
+                data_parallel_rank=runtime.data_parallel_rank,
+                data_parallel_size=runtime.data_parallel_size,
+            ),
+            validation=data.validation_set(
+                sequences_per_language=config.train.eval_sequences,
+                micro_batch_size=config.train.micro_batch_size,
+                data_parallel_rank=runtime.data_parallel_rank,
+                data_parallel_size=runtime.data_parallel_size,
+                micro_batch_multiple=runtime.pipeline_parallel_size,
+            ),
+            checkpoints=checkpoints,
+            tracker=tracker,
+            meter=throughput_meter(config, data, runtime),
+            progress=Progress(
+                config.train.train_steps,
+                start_step=state.step,
+                enabled=runtime.rank == 0,
+                log_interval=config.train.log_interval,
+            ),
+        )
+        if runtime.rank == 0:
+            loop.progress.message(runtime.describe())
+        finished = False
+        try:
+            outcome = loop.run(state, stop)
+            finished = True
+        finally:
+            loop.progress.close()
+            tracker.close(failed=not finished)
+        if runtime.rank == 0:
+            report(outcome, run_dir, config)
+        shutdown(runtime)
+        return outcome
+
+
+def prepare_data(config: PretrainConfig, runtime: Runtime) -> Data:
+    """Build the token stores on one rank per host while the others wait, then open them on all."""
+    failure = None
+    if runtime.local_rank == 0:
+        try:
+            prepare(config.data)
+        except Exception as error:
+            failure = error
+    failed = torch.tensor(float(failure is not None), device=runtime.device)
+    torch.distributed.all_reduce(failed)
+    if failure is not None:
+        raise failure
+    if failed:
+        raise RuntimeError("preparing the data failed on another rank; its message says why")
+    return open_data(config.data, config.data.seq_length or config.model.max_position_embeddings)
+
+
+def vocab_size(config: PretrainConfig, data: Data) -> int:
+    """The model's vocabulary: the tokenizer's, or a larger one if the model asks for it."""
+    wanted, needed = config.model.vocab_size, data.tokenizer.vocab_size
+    if wanted is not None and wanted < needed:
+        raise ValueError(
+            f"model.vocab_size={wanted} is smaller than the tokenizer's vocabulary of {needed} "
+            f"({data.tokenizer.path}); leave it out, or set model.vocab_size={needed} or more"
+        )
+    return wanted or needed
+
+
+def identity(config: PretrainConfig, data: Data) -> dict[str, Any]:
+    """What a checkpoint must agree with to be resumed: the model's shape and the data stream."""
+    model = asdict_plain(config.model)
+    model["vocab_size"] = vocab_size(config, data)
+    for free_to_change in ("name", "hidden_dropout", "attention_dropout", "init_method_std"):
+        model.pop(free_to_change)
+    return {"model": model, "data": data.mixture.fingerprint()}
+
+
+def record_run(config: PretrainConfig, data: Data, runtime: Runtime, run_dir: Path) -> None:
+    """The first thing a run writes: what it is made of."""
+    if runtime.rank != 0:
+        return
+    layout = {
+        "world_size": runtime.world_size,
+        "tensor_parallel_size": runtime.tensor_parallel_size,
+        "pipeline_parallel_size": runtime.pipeline_parallel_size,
+        "data_parallel_size": runtime.data_parallel_size,
+        "backend": runtime.backend,
+    }
+    write_run_record(
+        run_dir,
+        OmegaConf.to_yaml(OmegaConf.structured(config)),
+        data.mixture.fingerprint(),
+        extra={"layout": layout},
+    )
+
+
+def throughput_meter(config: PretrainConfig, data: Data, runtime: Runtime) -> ThroughputMeter:
+    """Utilisation is reported by rank 0; the others wait while it measures a CPU's peak."""
+    dtype = parameter_dtype(config.parallel.precision, runtime.device)
+    peak = None
+    if runtime.rank == 0:
+        peak, _ = peak_flops_of_run(
+            runtime.device,
+            "bf16" if dtype is torch.bfloat16 else "fp32",
+            world_size=runtime.world_size,
+            ranks_per_host=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        )
+    torch.distributed.barrier()
+    seq_length = data.mixture.seq_length
+    return ThroughputMeter(
+        flops_per_token(config.model, seq_length, vocab_size=vocab_size(config, data)), peak
+    )
+
+
+def report(outcome: Outcome, run_dir: Path, config: PretrainConfig) -> None:
+    """Losses by family at start and end, a picture of the curves, and what to try next."""
+    curves = plot_curves(run_dir / "metrics.jsonl", run_dir / "curves.png")
+    resume = f"run_dir={run_dir} checkpoint.resume=required"
+    if outcome.stopped_by:
+        print(f"stopped by {outcome.stopped_by}; resume with {resume}")
+        return
+    model = config.model.name
+    steps = config.train.train_steps
+    print_report(
+        outcome.first_evaluation,
+        outcome.last_evaluation,
+        artefacts={
+            "curves": curves,
+            "metrics": run_dir / "metrics.jsonl",
+            "record": run_dir / "run.json",
+        },
+        next_steps=[
+            f'python -m launch.generate {run_dir} "The page you"',
+            f"torchrun --nproc-per-node 2 launch/pretrain.py +model={model} parallel=tp2 "
+            f"run_dir=runs/tp2",
+            f"python -m launch.pretrain +model={model} run_dir={run_dir} "
+            f"data.seq_length={config.data.seq_length or config.model.max_position_embeddings} "
+            f"train.train_steps={2 * steps}",
+        ],
+    )
+
+
+def asdict_plain(settings: Any) -> dict[str, Any]:
+    """A settings dataclass as plain values: enums by their value."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        return getattr(value, "value", value)
+
+    return plain(asdict(settings))
+
+
+def _is_rank_zero() -> bool:
+    return os.environ.get("RANK", "0") == "0"

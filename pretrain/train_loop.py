@@ -1,0 +1,110 @@
+"""The training loop: step, measure, evaluate, save, until the last step or a signal."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from data.loader import MicroBatchLoader, ValidationSet
+from data.open_data import Data
+from parallel.engine import MegatronEngine
+from parallel.runtime import Runtime
+from pretrain.checkpoint import Checkpoints
+from pretrain.config import PretrainConfig
+from pretrain.evaluate import evaluate
+from pretrain.learning_rate import learning_rate
+from pretrain.progress import Progress
+from pretrain.stop_signal import StopSignal
+from pretrain.throughput import ThroughputMeter, peak_memory_bytes
+from pretrain.tracker import Tracker
+from pretrain.train_state import TrainState
+from pretrain.train_step import StepMetrics, train_step
+
+
+@dataclass
+class Outcome:
+    """How a run ended."""
+
+    first_evaluation: dict[str, float] = field(default_factory=dict)
+    last_evaluation: dict[str, float] = field(default_factory=dict)
+    stopped_by: str | None = None  # name of the signal, on the ranks that received it
+
+
+@dataclass
+class TrainLoop:
+    """Everything a run works with; `run` is the loop itself. All ranks run it together."""
+
+    config: PretrainConfig
+    engine: MegatronEngine
+    runtime: Runtime
+    data: Data
+    loader: MicroBatchLoader
+    validation: ValidationSet
+    checkpoints: Checkpoints
+    tracker: Tracker
+    meter: ThroughputMeter
+    progress: Progress
+
+    def run(self, state: TrainState, stop: StopSignal) -> Outcome:
+        """Train from `state` to `train.train_steps`; on a signal finish the step, save, return."""
+        train = self.config.train
+        outcome = Outcome()
+        outcome.first_evaluation = outcome.last_evaluation = self._evaluate(state)
+        stopping = False
+        while state.step < train.train_steps and not stopping:
+            metrics = self._step(state, stop)
+            stopping = metrics.stop_requested
+            last = state.step == train.train_steps
+            if last or stopping or self.checkpoints.due(state.step):
+                path = self.checkpoints.save(self.engine, state)
+                self.progress.message(f"saved {path}")
+            # a stopping run has a grace period to keep: it skips its evaluation
+            if not stopping and (last or self._evaluation_due(state.step)):
+                outcome.last_evaluation = self._evaluate(state)
+        if stopping and state.step < train.train_steps:
+            outcome.stopped_by = stop.requested or "a signal on another rank"
+        return outcome
+
+    def _step(self, state: TrainState, stop: StopSignal) -> StepMetrics:
+        train = self.config.train
+        rate = learning_rate(
+            state.step,
+            peak=self.config.optimizer.lr,
+            schedule=self.config.schedule,
+            train_steps=train.train_steps,
+        )
+        sequences = train.global_batch_size
+        with self.meter.step(sequences * self.data.mixture.seq_length):
+            self.engine.seed_dropout(train.seed, state.step)
+            metrics = train_step(
+                self.engine,
+                list(self.loader.micro_batches(state.step)),
+                self.runtime,
+                learning_rate=rate,
+                languages=self.data.languages,
+                stop_requested=stop.requested is not None,
+            )
+        state.advance(sequences, metrics.losses.valid_tokens())
+        record = {
+            "train/loss": metrics.losses.mean(),
+            "train/learning_rate": rate,
+            "train/grad_norm": metrics.grad_norm,
+            "train/consumed_sequences": state.consumed_sequences,
+            "train/consumed_tokens": state.consumed_tokens,
+            "memory/peak_bytes": peak_memory_bytes(self.runtime.device),
+            **self.meter.metrics(),
+        }
+        if not metrics.applied:
+            self.progress.message(f"step {state.step}: gradients not finite, update skipped")
+        if state.step % train.log_interval == 0 or state.step == train.train_steps:
+            self.tracker.log(state.step, record)
+        self.progress.update(state.step, record)
+        return metrics
+
+    def _evaluation_due(self, step: int) -> bool:
+        interval = self.config.train.eval_interval
+        return interval > 0 and step % interval == 0
+
+    def _evaluate(self, state: TrainState) -> dict[str, float]:
+        result = evaluate(self.engine, self.validation, self.data, self.runtime)
+        self.tracker.log(state.step, result)
+        return result

@@ -1,0 +1,93 @@
+"""benchmarks.train_step: the arithmetic of its table, and one peer that really runs."""
+
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from benchmarks import peer_venvs
+from benchmarks.jobs import JOBS
+from benchmarks.train_step import PEERS, markdown_table, run_peer, summarize
+
+SMALL = JOBS["small"]
+
+
+def run(cpu_seconds: list[float], wall_seconds: list[float], peak_rss_mb: float = 100.0) -> dict:
+    return {
+        "version": "1.0",
+        "parameters": 7_300_000,
+        "wall_seconds": wall_seconds,
+        "cpu_seconds": cpu_seconds,
+        "matmul_gflops": [100.0] * len(wall_seconds),
+        "losses": [9.0, 8.5],
+        "peak_rss_mb": peak_rss_mb,
+    }
+
+
+def test_flops_per_token_by_hand() -> None:
+    weights = 4 * (4 * 256 * 256 + 2 * 256 * 1024) + 256 * 8000
+    assert SMALL.flops_per_token() == 6 * weights + 12 * 4 * 256 * 256
+    assert SMALL.tokens_per_step == 1024
+
+
+def test_summary_of_two_rounds() -> None:
+    peer = [run([0.5, 0.5], [1.0, 2.0]), run([1.0, 1.0], [4.0, 2.0], peak_rss_mb=120.0)]
+    plain = [run([0.4, 0.4], [1.0, 1.0]), run([0.9, 0.9], [1.0, 1.0])]
+    row = summarize(SMALL, "peer", peer, plain)
+    assert row.tokens_per_second == 1024 / 2.0
+    assert row.best_tokens_per_second == 1024
+    assert row.cpu_seconds_per_step == 0.75
+    assert row.ratio_to_plain == pytest.approx((0.8 + 0.9) / 2)  # round by round
+    gflop = SMALL.flops_per_token() * 1024 / 1e9
+    assert row.share_of_matmul == pytest.approx(gflop / 2.0 / 100)
+    assert row.peak_rss_mb == 120
+
+
+def test_without_the_baseline_there_is_no_ratio() -> None:
+    row = summarize(SMALL, "peer", [run([0.5], [1.0])], [])
+    assert row.ratio_to_plain is None
+    assert "| - |" in markdown_table([replace(row, first_loss=None)])
+
+
+def test_plain_loop_runs_and_learns() -> None:
+    result = run_peer(
+        PEERS["plain"], SMALL, steps=2, warmup=1, venvs=Path("unused"), timeout_seconds=120
+    )
+    assert "failed" not in result, result
+    assert len(result["wall_seconds"]) == len(result["matmul_gflops"]) == 2
+    assert result["losses"][-1] < result["losses"][0]
+
+
+def test_a_peer_that_dies_is_reported(tmp_path: Path) -> None:
+    broken = replace(PEERS["plain"], module="no_such_peer")
+    result = run_peer(broken, SMALL, steps=1, warmup=0, venvs=tmp_path, timeout_seconds=60)
+    assert "no_such_peer" in result["failed"]
+
+
+def test_a_peer_that_hangs_is_reported(tmp_path: Path) -> None:
+    result = run_peer(
+        PEERS["plain"], SMALL, steps=1, warmup=0, venvs=tmp_path, timeout_seconds=0.01
+    )
+    assert result == {"failed": "no result within 0 s"}
+
+
+def test_failed_installation_leaves_no_stamp(tmp_path: Path) -> None:
+    environment = peer_venvs.Environment("broken", ("torch==2.13.0",))
+    python = peer_venvs.python_of(environment, tmp_path)
+    python.parent.mkdir(parents=True)
+    python.write_text("#!/bin/sh\necho no such package\nexit 1\n")  # stands where pip would be
+    python.chmod(0o755)
+    with pytest.raises(subprocess.CalledProcessError) as caught:
+        peer_venvs.install(environment, tmp_path, timeout_seconds=30)
+    assert "no such package" in caught.value.output
+    assert not peer_venvs.is_ready(environment, tmp_path)
+
+
+def test_changed_requirements_are_installed_again(tmp_path: Path) -> None:
+    environment = peer_venvs.Environment("peer", ("numpy==1",))
+    stamp = tmp_path / "peer" / peer_venvs.STAMP
+    stamp.parent.mkdir()
+    stamp.write_text(f"{peer_venvs.TORCH}\nnumpy==1\n")
+    assert peer_venvs.is_ready(environment, tmp_path)
+    assert not peer_venvs.is_ready(replace(environment, requirements=("numpy==2",)), tmp_path)

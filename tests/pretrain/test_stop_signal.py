@@ -1,0 +1,147 @@
+"""Real signals to real processes."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from pretrain.stop_signal import REPEAT_SECONDS, StopSignal
+
+ROOT = Path(__file__).resolve().parents[2]
+
+WORKER = """
+    import sys, threading, time
+    sys.path.insert(0, {root!r})
+    from pretrain.stop_signal import StopSignal
+
+    with StopSignal() as stop:
+        print("ready", flush=True)
+        {wait}
+    print("clean exit after", stop.requested, flush=True)
+"""
+# C code that lets other threads run but no signal handler, for half a minute: like a collective
+STUCK = "import hashlib; hashlib.pbkdf2_hmac('sha256', b'', b'', 100_000_000)"
+UNTIL_REQUESTED = "exec('while not stop.requested: time.sleep(0.01)'); time.sleep(0.3)"
+LONG_SAVE = "exec('while not stop.requested: time.sleep(0.01)'); time.sleep(5)"
+
+
+def start(wait: str) -> subprocess.Popen[str]:
+    code = textwrap.dedent(WORKER).format(root=str(ROOT), wait=wait)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_first_signal_sets_the_flag_and_tells_once(number: signal.Signals):
+    said: list[str] = []
+    with StopSignal(announce=said.append) as stop:
+        assert stop.requested is None
+        os.kill(os.getpid(), number)
+        assert stop.requested == number.name
+        os.kill(os.getpid(), signal.SIGTERM)  # the same request, arriving twice
+        assert stop.requested == number.name
+        deadline = time.monotonic() + 5
+        while not said and time.monotonic() < deadline:
+            time.sleep(0.005)
+    assert len(said) == 1
+    assert said[0].startswith(f"{number.name}: stopping after this step")
+
+
+def test_handlers_and_wakeup_descriptor_are_put_back():
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    descriptors = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(KeyError), StopSignal(announce=None):
+        raise KeyError("a step failed")
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    assert signal.set_wakeup_fd(-1) == -1
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+def test_ranks_agree_on_what_any_of_them_received():
+    ranks = [StopSignal(announce=None) for _ in range(3)]
+    # what an all-reduce with MAX over the ranks' numbers gives
+    for received, agreed in [({}, None), ({1: signal.SIGTERM}, "SIGTERM")]:
+        with ranks[1]:
+            for number in received.values():
+                os.kill(os.getpid(), number)
+            numbers: list[int] = []
+            for rank in ranks:
+                rank.agree(lambda mine: numbers.append(mine) or 0)
+            assert [rank.agree(lambda mine: max(numbers)) for rank in ranks] == [agreed] * 3
+
+
+def test_a_process_ends_cleanly_after_its_step():
+    process = start(UNTIL_REQUESTED)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=20)
+    assert out == "clean exit after SIGINT\n"
+    assert "Press Ctrl-C again" in err
+    assert process.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [(signal.SIGINT, signal.SIGINT), (signal.SIGINT, signal.SIGTERM)],  # shell; torchrun
+)
+@pytest.mark.parametrize("wait", [LONG_SAVE, STUCK])
+def test_second_signal_after_ctrl_c_aborts_even_in_blocking_code(
+    first: signal.Signals, second: signal.Signals, wait: str
+):
+    process = start(wait)
+    process.send_signal(first)
+    time.sleep(REPEAT_SECONDS + 0.3)
+    assert process.poll() is None
+    sent = time.monotonic()
+    process.send_signal(second)
+    out, _ = process.communicate(timeout=20)
+    assert time.monotonic() - sent < 2
+    assert process.returncode == 128 + second
+    assert out == ""
+
+
+def test_signals_that_arrive_twice_at_once_and_repeated_sigterm_do_not_abort():
+    process = start("exec('while not stop.requested: time.sleep(0.01)'); time.sleep(2)")
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(REPEAT_SECONDS + 0.3)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=20)
+    assert out == "clean exit after SIGTERM\n"
+    assert process.returncode == 0
+
+
+def test_two_sigints_at_once_count_as_one():
+    process = start(UNTIL_REQUESTED)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=20)
+    assert out == "clean exit after SIGINT\n"
+
+
+def test_torchrun_forwards_sigint_to_its_workers_and_waits_for_them(tmp_path: Path):
+    script = tmp_path / "worker.py"
+    script.write_text(textwrap.dedent(WORKER).format(root=str(ROOT), wait=UNTIL_REQUESTED))
+    agent = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        + [str(script)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert agent.stdout is not None
+    assert [agent.stdout.readline() for _ in range(2)] == ["ready\n"] * 2
+    agent.send_signal(signal.SIGINT)  # to the agent alone, as a terminal does
+    out, err = agent.communicate(timeout=60)
+    assert out.count("clean exit after SIGINT") == 2
+    assert agent.returncode == 1 and "SignalException" in err

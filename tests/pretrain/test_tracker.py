@@ -1,0 +1,275 @@
+"""metrics.jsonl under crashes and resumes, and W&B through the real library, offline."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pretrain.config import WandbConfig, WandbMode
+from pretrain.tracker import (
+    MetricsFile,
+    NullTracker,
+    make_tracker,
+    read_metrics,
+    resolve_wandb_mode,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def no_wandb_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
+
+
+def steps(run_dir: Path) -> list[int]:
+    return [record["step"] for record in read_metrics(run_dir / "metrics.jsonl")]
+
+
+def test_lines_are_on_disk_at_once_and_are_json(tmp_path: Path):
+    file = MetricsFile(tmp_path / "run")
+    file.log(1, {"train/loss": 2.5, "train/grad_norm": math.inf, "eval/loss": math.nan})
+    line = (tmp_path / "run" / "metrics.jsonl").read_text()
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    record = json.loads(line, parse_constant=refuse)
+    assert record.pop("time") > 1.6e9
+    assert record == {"step": 1, "train/loss": 2.5, "train/grad_norm": None, "eval/loss": None}
+    assert math.isnan(read_metrics(file.path)[0]["eval/loss"])
+    file.close()
+    file.close()
+
+
+def test_no_step_counts_twice_after_a_resume(tmp_path: Path):
+    file = MetricsFile(tmp_path)
+    for step in range(6):
+        file.log(step, {"train/loss": step})
+    file.close()
+    with open(file.path, "a") as torn:
+        torn.write('{"step": 3, "train/lo')  # killed within a write
+    resumed = MetricsFile(tmp_path, resumed_step=3)
+    assert steps(tmp_path) == [0, 1, 2, 3]
+    resumed.log(4, {"train/loss": 40})
+    resumed.close()
+    assert steps(tmp_path) == [0, 1, 2, 3, 4]
+    assert read_metrics(file.path)[-1]["train/loss"] == 40
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_run_from_its_start_keeps_nothing_of_an_earlier_one(tmp_path: Path):
+    for _ in range(2):
+        file = MetricsFile(tmp_path)
+        file.log(0, {"eval/loss": 9.0})
+        file.close()
+    assert steps(tmp_path) == [0]
+
+
+def test_mode(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    assert resolve_wandb_mode(WandbMode.auto) == "offline"
+    assert resolve_wandb_mode(WandbMode.online) == "online"
+    netrc = tmp_path / "netrc"
+    netrc.write_text("machine api.wandb.ai login user password 0123456789\n")
+    netrc.chmod(0o600)
+    monkeypatch.setenv("NETRC", str(netrc))
+    assert resolve_wandb_mode(WandbMode.auto) == "online"
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
+    assert resolve_wandb_mode(WandbMode.auto) == "offline"  # a key, but for another server
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789")
+    assert resolve_wandb_mode(WandbMode.auto) == "online"
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert resolve_wandb_mode(WandbMode.auto) == "disabled"
+    assert resolve_wandb_mode(WandbMode.offline) == "offline"
+
+
+def test_only_rank_0_tracks(tmp_path: Path):
+    tracker = make_tracker(WandbConfig(), tmp_path, rank=1, resolved_config={})
+    assert isinstance(tracker, NullTracker)
+    tracker.log(1, {"train/loss": 1.0})
+    tracker.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_disabled_leaves_wandb_alone(tmp_path: Path):
+    config = WandbConfig(mode=WandbMode.disabled)
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from pretrain.config import *; from pretrain.tracker import *\n"
+        "t = make_tracker(WandbConfig(mode=WandbMode.disabled), sys.argv[2], 0, {})\n"
+        "t.log(1, {'train/loss': 1.0}); t.close()\n"
+        "assert not {'wandb', 'torch', 'megatron'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(ROOT), str(tmp_path)], check=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert config.project == "magnetron"
+
+
+# A process of its own for every W&B run, as in life: the library keeps global state.
+RUN = """
+    import os, subprocess, sys, signal
+    sys.path.insert(0, {root!r})
+    from pretrain.config import WandbConfig, WandbMode
+    from pretrain.tracker import WandbTracker, make_tracker
+
+    first, last, resumed_step = {first}, {last}, {resumed_step}
+    resolved = {{
+        "train": {{"lr": 0.5, "train_tokens": 7}},
+        "data": {{"tokenizer": "t.json", "hub_token": "secret-in-config"}},
+        "note": "the key is " + os.environ["WANDB_API_KEY"],
+    }}
+    config = WandbConfig(mode=WandbMode({mode!r}), project="proj", group="g", tags=["t1"])
+    if {timeout} is None:
+        tracker = make_tracker(config, {run_dir!r}, 0, resolved, resumed_step)
+    else:
+        tracker = WandbTracker(config, {run_dir!r}, resolved, {mode!r}, init_timeout={timeout})
+    for step in range(first, last + 1):
+        tracker.log(step, {{"train/loss": 10.0 / (step + 1)}})
+        {each_step}
+    tracker.log(last, {{"eval/loss": 3.5, "eval/family/Slavic/loss": 3.25}})
+    tracker.close()
+    tracker.close()
+"""
+KEY = "0123456789abcdef0123456789abcdef01234567"
+
+
+def run_wandb(
+    run_dir: Path,
+    first: int,
+    last: int,
+    *,
+    resumed_step: int | None = None,
+    mode: str = "offline",
+    timeout: float | None = None,
+    each_step: str = "pass",
+    arguments: tuple[str, ...] = (),
+) -> subprocess.CompletedProcess[str]:
+    code = textwrap.dedent(RUN).format(
+        root=str(ROOT),
+        run_dir=str(run_dir),
+        first=first,
+        last=last,
+        resumed_step=resumed_step,
+        mode=mode,
+        timeout=timeout,
+        each_step=each_step,
+    )
+    environment = {**os.environ, "WANDB_API_KEY": KEY, "WANDB_BASE_URL": "http://127.0.0.1:9"}
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=90,
+        check=True,
+    )
+
+
+def records(run_folder: Path) -> list[dict[str, Any]]:
+    """Read a .wandb file back with W&B's own reader."""
+    command = [str(Path(sys.executable).parent / "wandb"), "leet", "inspect", "--json"]
+    out = subprocess.run(
+        [*command, str(run_folder)], capture_output=True, text=True, check=True, timeout=60
+    )
+    return [json.loads(line) for line in out.stdout.splitlines() if line.startswith("{")]
+
+
+def of_type(name: str, all_records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [record[name] for record in all_records if record["type"] == name]
+
+
+def all_bytes(folder: Path) -> bytes:
+    return b"".join(p.read_bytes() for p in folder.rglob("*") if p.is_file())
+
+
+def test_offline_run_reads_back_and_resumes_as_the_same_run(tmp_path: Path):
+    run_dir = tmp_path / "tiny"
+    done = run_wandb(run_dir, 0, 4, arguments=("x.api_key=secret-on-command-line",))
+    assert done.stderr == ""
+    assert done.stdout.count("\n") == 1 and "recording offline" in done.stdout
+
+    (folder,) = (run_dir / "wandb").glob("offline-run-*")
+    assert [p for p in (run_dir / "wandb").iterdir() if p.is_dir() and not p.is_symlink()] == [
+        folder
+    ]
+    run_id = (run_dir / "wandb_run_id").read_text().strip()
+    found = records(folder)
+    (run,) = of_type("run", found)
+    assert run["run_id"] == run_id and folder.name.endswith(run_id)
+    assert (run["project"], run["display_name"]) == ("proj", "tiny")
+    assert (run["run_group"], run["tags"]) == ("g", ["t1"])
+    config = run["config"]["update"]
+    config.pop("_wandb")
+    assert config == {
+        "train": {"lr": 0.5, "train_tokens": 7},
+        "data": {"tokenizer": "t.json"},
+        "note": "the key is <hidden>",
+    }
+    (axis,) = of_type("metric", found)
+    assert (axis["glob_name"], axis["step_metric"]) == ("*", "step")
+    rows = [row["item"] for row in of_type("history", found)]
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
+    assert [row["_step"] for row in rows] == [0, 1, 2, 3, 4]
+    assert rows[1]["train/loss"] == 5.0
+    assert (rows[4]["train/loss"], rows[4]["eval/loss"]) == (2.0, 3.5)
+    assert of_type("exit", found)[0]["exit_code"] == 0
+
+    run_wandb(run_dir, 3, 6, resumed_step=2)
+    folders = sorted((run_dir / "wandb").glob("offline-run-*"))
+    assert len(folders) == 2 and all(f.name.endswith(run_id) for f in folders)
+    (second,) = set(folders) - {folder}
+    resumed = records(second)
+    assert of_type("run", resumed)[0]["run_id"] == run_id
+    assert [row["item"]["step"] for row in of_type("history", resumed)] == [3, 4, 5, 6]
+    assert steps(run_dir) == [0, 1, 2, 3, 4, 5, 6, 6]
+
+    everything = all_bytes(run_dir)
+    assert b"tiny" in everything
+    for secret in (KEY, "secret-in-config", "secret-on-command-line"):
+        assert secret.encode() not in everything
+
+
+def test_online_without_a_server_falls_back_to_offline(tmp_path: Path):
+    done = run_wandb(tmp_path / "run", 0, 2, mode="online", timeout=2.0)
+    assert done.stderr.count("WARNING: wandb.mode=online failed") == 1
+    assert KEY not in done.stderr
+    (folder,) = (tmp_path / "run" / "wandb").glob("offline-run-*")
+    assert len(of_type("history", records(folder))) == 3
+
+
+def test_losing_wandb_in_mid_run_is_told_once_and_the_run_goes_on(tmp_path: Path):
+    kill = textwrap.dedent(f"""
+        import pathlib
+        if step == 2:
+            for child in pathlib.Path(f"/proc/{{os.getpid()}}/task/{{os.getpid()}}/children").read_text().split():
+                if b"wandb-core" in pathlib.Path(f"/proc/{{child}}/cmdline").read_bytes():
+                    os.kill(int(child), {int(signal.SIGKILL)})
+            import time; time.sleep(0.5)
+    """)
+    done = run_wandb(tmp_path, 0, 6, each_step=f"exec({kill!r})")
+    assert done.stderr.count("WARNING: Weights & Biases failed") == 1
+    assert "Traceback" not in done.stderr
+    assert steps(tmp_path) == [0, 1, 2, 3, 4, 5, 6, 6]
+
+
+def test_a_machine_without_wandb_trains(tmp_path: Path):
+    hide = "sys.modules['wandb'] = None"
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); {hide}\n"
+        "from pretrain.config import *; from pretrain.tracker import *\n"
+        "t = make_tracker(WandbConfig(), sys.argv[1], 0, {}); t.log(1, {'a': 1.0}); t.close()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    assert done.stderr.count("WARNING: Weights & Biases could not start") == 1
+    assert steps(tmp_path) == [1]
