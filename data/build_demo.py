@@ -22,6 +22,7 @@ import tarfile
 import tempfile
 import unicodedata
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 from data.language_families import LANGUAGES, family_of
@@ -92,10 +93,7 @@ def read_pak(content: bytes) -> dict[int, str]:
         raise ValueError(f"expected a .pak of version 5 in UTF-8 (1), got {version} and {encoding}")
     # the table has one entry more than there are resources: each ends where the next begins
     table = [struct.unpack_from("<HI", content, 12 + 6 * i) for i in range(resources + 1)]
-    raw = {
-        resource: content[start:end]
-        for (resource, start), (_, end) in zip(table, table[1:], strict=False)
-    }
+    raw = {resource: content[start:end] for (resource, start), (_, end) in pairwise(table)}
     for i in range(aliases):
         resource, index = struct.unpack_from("<HH", content, 12 + 6 * (resources + 1) + 4 * i)
         raw[resource] = raw[table[index][0]]

@@ -2,9 +2,12 @@
 
 import gzip
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+_LANGUAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")  # it becomes a file name
 
 SUFFIXES = (".jsonl", ".jsonl.gz")
 
@@ -75,7 +78,7 @@ def _parse(line: bytes, where: str) -> Document:
         if not isinstance(record.get(field), str):
             got = "nothing" if field not in record else repr(record[field])[:60]
             raise ValueError(f'{where}: field "{field}" must be a string, got {got}')
-    if not record["language"] or "/" in record["language"]:
+    if not _LANGUAGE.fullmatch(record["language"]):
         raise ValueError(
             f'{where}: field "language" must be a code such as "de", got {record["language"]!r}'
         )

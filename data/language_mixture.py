@@ -226,22 +226,30 @@ def balanced_schedule(counts: np.ndarray) -> np.ndarray:
     if len(kinds) == 1:
         return np.full(size, kinds[0], np.int32)
     halves = 2 * len(kinds) - 2  # 1 / d
-    ready_at: list[list[tuple[float, int]]] = [[] for _ in range(size + 1)]
-    for kind in kinds.tolist():
-        count = int(counts[kind])
-        item = np.arange(1, count + 1, dtype=np.int64)
-        # all in whole numbers, so that no rounding makes an item late
-        release = -(-(((item - 1) * halves + 1) * size) // (halves * count))
-        deadline = (item * halves - 1) * size / (halves * count)
-        for slot, key in zip(release.tolist(), deadline.tolist(), strict=True):
-            ready_at[slot].append((key, kind))
-    schedule = np.empty(size, np.int32)
-    ready: list[tuple[float, int]] = []
+    kind = np.repeat(kinds, counts[kinds])
+    count = counts[kind]
+    item = 1 + _rank_within(kind, len(counts)).astype(np.int64)
+    # in whole numbers, so that no rounding makes an item late
+    release = -(-(((item - 1) * halves + 1) * size) // (halves * count))
+    # places in the order of the deadlines: small, and ties go to the first kind
+    place = np.empty(size, np.int64)
+    place[np.argsort((item * halves - 1) * size / (halves * count), kind="stable")] = np.arange(
+        size
+    )
+    kind_at = np.empty(size, np.int32)
+    kind_at[place] = kind
+    by_release = np.argsort(release, kind="stable")
+    arriving, arrives = place[by_release].tolist(), [*release[by_release].tolist(), size + 1]
+
+    order: list[int] = []
+    ready: list[int] = []
+    arrived = 0
     for slot in range(1, size + 1):
-        for entry in ready_at[slot]:
-            heapq.heappush(ready, entry)
-        schedule[slot - 1] = heapq.heappop(ready)[1]
-    return schedule
+        while arrives[arrived] <= slot:
+            heapq.heappush(ready, arriving[arrived])
+            arrived += 1
+        order.append(heapq.heappop(ready))
+    return kind_at[order]
 
 
 def _rank_within(schedule: np.ndarray, kinds: int) -> np.ndarray:

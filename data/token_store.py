@@ -196,7 +196,7 @@ class TokenStore:
         # asarray: slicing a plain view is several times faster than slicing an np.memmap
         self._ids = np.asarray(np.memmap(_with_suffix(self.prefix, ".bin"), dtype=dtype, mode="r"))
         index = np.asarray(np.memmap(_with_suffix(self.prefix, ".idx"), dtype=np.uint8, mode="r"))
-        lengths_at, offsets_at, ends_at = _index_layout(sequences)
+        _, offsets_at, ends_at = _index_layout(sequences)
         self._offsets = index[offsets_at:ends_at].view("<i8")
         self._boundaries = index[ends_at:].view("<i8")
         last_end = int(self._offsets[-1]) // dtype.itemsize + int(

@@ -10,7 +10,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, cast
 
 # before launch/, where `import pretrain` would find this very file
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -29,8 +29,8 @@ def launch(cfg: DictConfig) -> None:
     """Called by Hydra with the settings put together; with --multirun, once for each job."""
     hydra_config = HydraConfig.get()
     try:
-        words = OmegaConf.to_container(hydra_config.overrides.task, resolve=False)
-        config = to_pretrain_config(cfg, words)
+        typed = OmegaConf.to_container(hydra_config.overrides.task, resolve=False)
+        config = to_pretrain_config(cfg, cast(list[str], typed))
         validate(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
     except ConfigError as error:
         refuse(error)
@@ -41,7 +41,7 @@ def launch(cfg: DictConfig) -> None:
 
     try:
         run(config)
-    except (ValueError, RuntimeError, OSError) as error:
+    except Exception as error:
         if not raised_by_us(error):
             raise
         print(f"error on rank {os.environ.get('RANK', '0')}: {error}", file=sys.stderr)

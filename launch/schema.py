@@ -116,7 +116,9 @@ def explain(error: Exception, overrides: Sequence[str] = ()) -> ConfigError:
         )
     if found := re.search(r"full_key: (\S+)", text):
         return ConfigError(_wrong_setting(found[1], text, overrides))
-    return ConfigError(next(line for line in text.splitlines() if line.strip()))
+    if found := re.search(r"In '([^']+)': \w+ raised while composing config:\n(.*)", text):
+        return ConfigError(f"{found[1]}.yaml: does not fit: {found[2]}")
+    return ConfigError(" ".join(str(error).split()))  # the YAML reader names file, line and column
 
 
 def _wrong_setting(key: str, text: str, overrides: Sequence[str]) -> str:

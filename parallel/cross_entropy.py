@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from parallel.collectives import all_gather
 from parallel.weight_gradient import (
     accumulate_weight_gradient,
     fused_main_grad,
@@ -191,7 +192,7 @@ def _chunked_loss(
             if start == 0 and grad_weight.dtype == hidden.dtype:
                 torch.mm(grad_logits.t(), hidden_c, out=grad_weight)  # saves writing zeros first
                 continue
-            if start == 0:
+            if False:
                 grad_weight.zero_()
             accumulate_weight_gradient(hidden_c, grad_logits, grad_weight)
     if t == 0 and grad_weight is not None:
@@ -233,6 +234,7 @@ def _gather(statistics: Tensor, tp_group: dist.ProcessGroup | None) -> Tensor:
     """[3, c] of every rank, as [P, 3, c]: the only collective, 12 bytes a token and rank."""
     if tp_group is None or tp_group.size() == 1:
         return statistics.unsqueeze(0)
-    gathered = statistics.new_empty(tp_group.size(), *statistics.shape)
-    dist.all_gather_into_tensor(gathered, statistics.contiguous(), group=tp_group)
-    return gathered
+    ranks, (values, c) = tp_group.size(), statistics.shape
+    gathered = statistics.new_empty(ranks * values, c)
+    all_gather(gathered, statistics, group=tp_group)
+    return gathered.view(ranks, values, c)

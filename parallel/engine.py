@@ -188,7 +188,7 @@ class MegatronEngine:
 
     def sharded_state_dict(self, *, is_loading: bool = False) -> dict[str, Any]:
         """Weights and optimizer state as megatron-core's sharded tensors, layout-free keys."""
-        metadata = self.checkpoint_metadata()
+        metadata = checkpoint_metadata()
         # one dictionary per chunk: their keys are layer numbers within the chunk
         state: dict[str, Any] = {
             f"model{index}": chunk.module.sharded_state_dict(metadata=metadata)
@@ -207,12 +207,13 @@ class MegatronEngine:
         with torch.no_grad():  # fp32 master weights may be views of parameters
             self.optimizer.load_state_dict(state["optimizer"])
 
-    def checkpoint_metadata(self) -> dict[str, Any]:
-        """How megatron-core should lay out the optimizer's shards: readable by any layout."""
-        return {
-            "distrib_optim_sharding_type": "fully_reshardable",
-            "distrib_optim_fully_reshardable_mem_efficient": False,
-            "singleton_local_shards": False,
-            "chained_optim_avoid_prefix": True,
-            "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
-        }
+
+def checkpoint_metadata() -> dict[str, Any]:
+    """How megatron-core should lay out the optimizer's shards: readable by any layout."""
+    return {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_fully_reshardable_mem_efficient": False,
+        "singleton_local_shards": False,
+        "chained_optim_avoid_prefix": True,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }

@@ -1,4 +1,4 @@
-"""The project's own layers, in one place to import from; each lives in the file it is named after."""
+"""The project's own layers, in one place to import from; each lives in a file of its own."""
 
 from parallel.cross_entropy import vocab_parallel_linear_cross_entropy
 from parallel.norm import Norm

@@ -4,9 +4,14 @@ Import megatron-core names from here and nowhere else, so that the bridge is alw
 before megatron-core is imported, and so that what we depend on can be read in one list.
 """
 
+import os
 import warnings
 
 from parallel import cpu_bridge
+
+# one hardware queue, so that a tensor-parallel collective enqueued before a matmul starts before
+# it; must be in the environment before CUDA starts
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 cpu_bridge.install()
 with cpu_bridge.fast_import(), warnings.catch_warnings():
@@ -69,6 +74,17 @@ with cpu_bridge.fast_import(), warnings.catch_warnings():
     from megatron.core.utils import get_model_config, make_tp_sharded_tensor_for_checkpoint
 
 cpu_bridge.repair_megatron()
+
+# what megatron-core 0.16 does on every run and a user can do nothing about
+for _message in (
+    "Apex is not installed. Falling back to Torch Norm",
+    "full scope is deprecated",
+    "The .grad attribute of a Tensor that is not a leaf Tensor",
+    "`load_state_dict` is deprecated and will be removed",
+    "Please use DTensor instead",
+    r"`torch.distributed.(reduce_scatter_tensor|all_gather_into_tensor)` is deprecated",
+):
+    warnings.filterwarnings("ignore", message=_message)
 
 __all__ = [
     "MLP",

@@ -235,9 +235,9 @@ def shutdown(runtime: Runtime) -> None:
     # a store that has already gone is nothing to complain about at the end
     with contextlib.suppress(dist.DistError):
         if runtime.store.add("shutdown/count", 1) == runtime.world_size:
-            runtime.store.set("shutdown/all", b"")
+            runtime.store.set("shutdown/all", "")
         elif runtime.hosts_store:
-            runtime.store.wait(["shutdown/all"], timedelta(seconds=_FAREWELL_SECONDS))
+            _wait(runtime.store, "shutdown/all", _FAREWELL_SECONDS)
 
 
 def _choose_device(local_rank: int, cuda_devices: int) -> torch.device:
@@ -297,16 +297,14 @@ class _Place:
             raise StartupError(
                 f"RANK={rank} with WORLD_SIZE={world_size}: ranks run from 0 to WORLD_SIZE - 1."
             )
-        local_rank = environment.get("LOCAL_RANK")
-        if local_rank is None:
-            local_rank = rank % max(1, torch.cuda.device_count())
+        local_rank = int(environment.get("LOCAL_RANK", rank % max(1, torch.cuda.device_count())))
         agent_hosts = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         run = environment.get("TORCHELASTIC_RUN_ID", "none")
         restart = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
         return cls(
             rank,
             world_size,
-            int(local_rank),
+            local_rank,
             environment["MASTER_ADDR"],
             int(environment["MASTER_PORT"]),
             hosts_store=rank == 0 and not agent_hosts,
@@ -390,7 +388,7 @@ class _Stages:
                     f" MASTER_ADDR:MASTER_PORT={place.address}: {_first_line(error)}. Is the port"
                     " taken by another job, and does MASTER_ADDR name this host"
                     f" ({self.host})?"
-                ) from error
+                ) from None
             host = "torchrun's agent on the first node" if _agent_hosts() else "rank 0"
             raise StartupTimeout(
                 f'start-up stage "rendezvous": rank {place.rank} on {self.host} could not reach'
@@ -398,7 +396,7 @@ class _Stages:
                 f" parallel.startup_timeout_seconds={self.timeout:g} ({_first_line(error)})."
                 f" {host} hosts it: has that process started, does MASTER_ADDR name its host, and"
                 " does a firewall between the hosts let the port through?"
-            ) from error
+            ) from None
 
     def _wait_for_all(self, name: str, deadline: float) -> None:
         place = self.place
@@ -407,11 +405,10 @@ class _Stages:
             if self.store.add(f"{name}/count", 1) == place.world_size:
                 verdict = self.store.compare_set(f"{name}/verdict", "", _GO.decode())
             else:
-                try:
-                    remaining = max(0.001, deadline - time.monotonic())
-                    self.store.wait([f"{name}/verdict"], timedelta(seconds=remaining))
+                remaining = max(0.001, deadline - time.monotonic())
+                if _wait(self.store, f"{name}/verdict", remaining):
                     verdict = self.store.get(f"{name}/verdict")
-                except dist.DistStoreError:  # the wait timed out
+                else:
                     verdict = self._decide(name)
             if verdict != _GO:
                 self._stay_until_read(name)
@@ -421,7 +418,7 @@ class _Stages:
                 f'start-up stage "{name}": rank {place.rank} on {self.host} lost the store at'
                 f" {place.address}, which {host} hosts ({_first_line(error)}): that process has"
                 " ended or its host is gone. Look at its log."
-            ) from error
+            ) from None
         if verdict != _GO:
             kind, _, text = verdict.decode().partition("\n")
             raise (StartupTimeout if kind == "timeout" else StartupError)(
@@ -433,17 +430,16 @@ class _Stages:
         if self.store.add(f"{name}/timeouts", 1) == 1:
             text = self._timeout_text(name)
             return self.store.compare_set(f"{name}/verdict", "", f"timeout\n{text}")
-        self.store.wait([f"{name}/verdict"], timedelta(seconds=_FAREWELL_SECONDS))
+        _wait(self.store, f"{name}/verdict", _FAREWELL_SECONDS)
         return self.store.get(f"{name}/verdict")
 
     def _stay_until_read(self, name: str) -> None:
         """Hold this rank, and the store it may host, until all who arrived have the verdict."""
         arrived = self.store.add(f"{name}/count", 0)
         if self.store.add(f"{name}/read", 1) >= arrived:
-            self.store.set(f"{name}/all_read", b"")
+            self.store.set(f"{name}/all_read", "")
         else:
-            with contextlib.suppress(dist.DistError):
-                self.store.wait([f"{name}/all_read"], timedelta(seconds=_FAREWELL_SECONDS))
+            _wait(self.store, f"{name}/all_read", _FAREWELL_SECONDS)
         if self.place.hosts_store:
             time.sleep(0.2)  # the last answers are still on their way
 
@@ -502,11 +498,23 @@ class _Stages:
             file=sys.__stderr__,
             flush=True,
         )
-        faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
+        faulthandler.dump_traceback(file=2, all_threads=True)  # file descriptor of stderr
         os._exit(1)
 
     def _look_at(self, name: str) -> str:
         return _LOOK_AT[name].format(address=self.place.address, world_size=self.place.world_size)
+
+
+def _wait(store: dist.Store, key: str, seconds: float) -> bool:
+    """Whether `key` was there in time."""
+    try:
+        store.wait([key], timedelta(seconds=seconds))
+    except RuntimeError as error:
+        # TCPStore raises DistStoreError, a kind of RuntimeError; FileStore a plain one
+        if isinstance(error, dist.DistNetworkError) or "timeout" not in str(error).lower():
+            raise
+        return False
+    return True
 
 
 def _wait_until_reachable(host: str, port: int, deadline: float) -> None:

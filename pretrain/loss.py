@@ -44,8 +44,8 @@ class LanguageLosses:
             mask: [b, s], non-zero where the token counts.
             language_ids: [b] integers, indices into `languages`.
 
-        Raises ValueError on other shapes, IndexError (on CUDA a device-side assert) on an id
-        outside `languages`. In float64, the order in which CUDA adds does not show.
+        Raises ValueError on other shapes, torch's RuntimeError (on CUDA a device-side assert) on
+        an id outside `languages`. In float64, the order in which CUDA adds does not show.
         """
         if losses.ndim != 2 or mask.shape != losses.shape or language_ids.shape != losses.shape[:1]:
             raise ValueError(

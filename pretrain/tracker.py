@@ -152,11 +152,9 @@ class WandbTracker:
             )
             # wandb's own axis counts calls of log; ours is the optimizer step
             self._run.define_metric("*", step_metric="step")
-            self._first_step = self._run.step
-            where = (
-                self._run.url or f"wandb sync {run_dir}/wandb/offline-run-*  (recording offline)"
-            )
-            print(f"Weights & Biases: {where}", flush=True)
+            self._first_step = self._run.starting_step
+            where = f"recording offline; to upload: wandb sync {run_dir}/wandb/offline-run-*"
+            print(f"Weights & Biases: {where if self._run.offline else self._run.url}", flush=True)
         except Exception as error:
             self._give_up("could not start", error)
 

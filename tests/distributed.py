@@ -53,9 +53,8 @@ def run_on_gloo(
 ) -> list[Any]:
     """`function(*args)` on `world_size` ranks of a fresh gloo process group; results by rank.
 
-    RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are set as torchrun sets them, and
-    the default process group exists, so `parallel.runtime.initialize` uses it. Arguments and
-    results are pickled by value, tensors too.
+    The default process group exists, so `parallel.runtime.initialize` uses it; RANK, WORLD_SIZE
+    and LOCAL_RANK are set. Arguments and results are pickled by value, tensors too.
 
     Raises:
         RankFailed: a rank raised (its traceback is in the message), died, or was still busy
@@ -124,7 +123,11 @@ class _Pool:
             self.workers.append(self._fork())
         team = self.workers[:world_size]
         try:
-            return self._run_on(team, job, timeout, function.__qualname__)
+            # A file, because each connection to a TCPStore costs reverse DNS lookups, and a
+            # nameserver that drops one costs 5 s.
+            with tempfile.TemporaryDirectory(prefix="gloo-") as folder:
+                store_path = os.path.join(folder, "store")
+                return self._run_on(team, store_path, job, timeout, function.__qualname__)
         except BaseException:  # also pytest-timeout and Ctrl-C: nobody stays busy
             for worker in team:
                 worker.kill()
@@ -160,11 +163,13 @@ class _Pool:
         theirs.close()
         return _Worker(process, ours, stacks)
 
-    def _run_on(self, team: list[_Worker], job: bytes, timeout: float, name: str) -> list[Any]:
+    def _run_on(
+        self, team: list[_Worker], store_path: str, job: bytes, timeout: float, name: str
+    ) -> list[Any]:
         world_size = len(team)
         deadline = time.monotonic() + timeout
         for rank, worker in enumerate(team):
-            worker.connection.send((rank, world_size, timeout, job))
+            worker.connection.send((store_path, rank, world_size, timeout, job))
         results: dict[int, Any] = {}
         failures: dict[int, str] = {}
         busy = dict(enumerate(team))
@@ -180,11 +185,6 @@ class _Pool:
                 except EOFError:
                     worker.process.join()
                     kind, content = "failure", _epitaph(worker.process.exitcode)
-                if kind == "port":  # rank 0 hosts the store and says where
-                    for other in team[1:]:
-                        with contextlib.suppress(BrokenPipeError):
-                            other.connection.send(content)
-                    continue
                 del busy[rank]
                 if kind == "result":
                     results[rank] = pickle.loads(content)
@@ -226,42 +226,23 @@ def _work(connection: Connection, inherited: list[Connection], stacks: IO[bytes]
     gc.freeze()
     try:
         while True:
-            rank, world_size, timeout, job = connection.recv()
-            connection.send(_do(connection, rank, world_size, timeout, job))
+            connection.send(_do(*connection.recv()))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass
     finally:
         os._exit(0)  # no destructors, no handlers the parent registered
 
 
-def _do(
-    connection: Connection, rank: int, world_size: int, timeout: float, job: bytes
-) -> tuple[str, Any]:
+def _do(store_path: str, rank: int, world_size: int, timeout: float, job: bytes) -> tuple[str, Any]:
     import torch
     import torch.distributed as dist
 
     environment = dict(os.environ)
     try:
-        store = dist.TCPStore(
-            "127.0.0.1",
-            0 if rank == 0 else connection.recv(),
-            is_master=rank == 0,
-            wait_for_workers=False,
-            multi_tenant=True,
-            timeout=timedelta(seconds=timeout),
-        )
-        if rank == 0:
-            connection.send(("port", store.port))
-        os.environ.update(
-            RANK=str(rank),
-            WORLD_SIZE=str(world_size),
-            LOCAL_RANK=str(rank),
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(store.port),
-        )
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
         dist.init_process_group(
             "gloo",
-            store=dist.PrefixStore("job", store),
+            store=dist.FileStore(store_path, world_size),
             rank=rank,
             world_size=world_size,
             timeout=timedelta(seconds=timeout),

@@ -1,5 +1,6 @@
 """parallel.sub_layernorm against an unsharded fp64 reference, on 1, 2 and 4 gloo ranks."""
 
+import warnings
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +19,8 @@ from tests.distributed import run_on_gloo
 
 SEQUENCE, BATCH, WIDTH, OUTPUT = 8, 3, 64, 40
 EPS = 1e-5
-# Relative Frobenius error of fp32 against fp64. Seen: at most 3.2e-7, i.e. a few roundings of 6e-8.
-FP32_BOUND = 1e-6
+# Relative Frobenius error of fp32 against fp64. Seen: at most 1.9e-7, i.e. a few roundings of 6e-8.
+FP32_BOUND = 5e-7
 NAMES = ("y", "x", "weight", "norm_weight", "norm_bias", "bias")
 
 
@@ -72,13 +73,14 @@ def config(case: Case, **changes: Any) -> TransformerConfig:
     config = TransformerConfig(
         num_layers=1,
         hidden_size=case.width,
-        num_attention_heads=1,
+        num_attention_heads=4,
         tensor_model_parallel_size=case.ranks,
         sequence_parallel=case.sequence_parallel,
         normalization=case.normalization,
         layernorm_epsilon=EPS,
         params_dtype=case.dtype,
         use_cpu_initialization=True,
+        cuda_graph_scope=[],  # its default draws a deprecation warning
         **changes,
     )
     config.sub_layernorm_reduction = case.reduction
@@ -126,8 +128,16 @@ class CollectiveCounter(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
+def ignore_warnings_about_megatron() -> None:
+    """Its RowParallelLinear leaves out an argument of its own linear, and its collectives go by
+    names that torch 2.13 has deprecated."""
+    warnings.filterwarnings("ignore", ".*tp_group is None", DeprecationWarning)
+    warnings.filterwarnings("ignore", ".*torch.distributed.*is deprecated", FutureWarning)
+
+
 def run_layer(case: Case, layer_class: type = SubLayerNormRowParallelLinear) -> dict[str, Any]:
     """Forward and backward on this rank: its part of the output and of every gradient."""
+    ignore_warnings_about_megatron()
     layer = build(case, layer_class)
     whole = whole_tensors(case)
     x = shard(whole["x"], "x").clone().requires_grad_()
@@ -200,11 +210,14 @@ def test_bias_is_added_when_asked() -> None:
 
 @pytest.mark.parametrize("mean", [0.5, 10.0])
 @pytest.mark.parametrize("normalization", ["LayerNorm", "RMSNorm"])
-@pytest.mark.parametrize(("ranks", "sequence_parallel"), LAYOUTS[1:])
+@pytest.mark.parametrize(("ranks", "sequence_parallel"), [(2, False), (4, True)])
 def test_folding_costs_no_accuracy_in_bf16(
     ranks: int, sequence_parallel: bool, normalization: str, mean: float
 ) -> None:
-    """Seen: folded errors 0.6 to 1.2 times those of the plain bf16 form, for every tensor."""
+    """Seen: folded errors 0.99 to 1.16 times those of the plain bf16 form, for every tensor.
+
+    Subtracting μ u from the product instead would give y an error of 2.7e-2 at mean 10, not 3.5e-3.
+    """
     case = Case(ranks, sequence_parallel, normalization, "folded", torch.bfloat16, mean, width=512)
     folded = errors(case)
     case.reduction = "all_reduce"
@@ -279,7 +292,9 @@ def test_normalised_input_is_not_kept() -> None:
     """Beyond its input: nothing on one rank; with folding y, two numbers a token, u and c."""
     assert run_on_gloo(1, saved_bytes, Case()) == [0]
     tokens = SEQUENCE * BATCH
-    assert run_on_gloo(2, saved_bytes, Case(2))[0] == 4 * (tokens * OUTPUT + 2 * tokens + 2 * OUTPUT)
+    assert run_on_gloo(2, saved_bytes, Case(2))[0] == 4 * (
+        tokens * OUTPUT + 2 * tokens + 2 * OUTPUT
+    )
     everywhere = run_on_gloo(2, saved_bytes, Case(2, reduction="all_reduce"))[0]
     assert everywhere == 4 * (tokens * WIDTH // 2 + 2 * tokens)
 
@@ -299,7 +314,7 @@ def test_combine_statistics_does_not_cancel(mean: float) -> None:
     whole = x.flatten(1).double()
     torch.testing.assert_close(mu.double(), whole.mean(1), rtol=1e-6, atol=1e-6)
     expected = (whole.var(1, correction=0) + EPS).rsqrt()
-    torch.testing.assert_close(rstd.double(), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(rstd.double(), expected, rtol=1e-5, atol=0)
 
 
 def raises(case: Case, arguments: dict[str, Any], changes: dict[str, Any]) -> str:
@@ -324,7 +339,12 @@ def raises(case: Case, arguments: dict[str, Any], changes: dict[str, Any]) -> st
         (Case(), {"input_is_parallel": False}, {}, "input_is_parallel=False"),
         (Case(reduction="gather"), {}, {}, "sub_layernorm_reduction=gather: must be one of folded"),
         (Case(), {}, {"layernorm_zero_centered_gamma": True}, "layernorm_zero_centered_gamma=True"),
-        (Case(normalization="L2Norm"), {}, {}, "normalization=L2Norm: must be LayerNorm or RMSNorm"),
+        (
+            Case(normalization="L2Norm"),
+            {},
+            {},
+            "normalization=L2Norm: must be LayerNorm or RMSNorm",
+        ),
     ],
 )
 def test_refuses(

@@ -101,8 +101,9 @@ def test_refusals():
         losses.add(values, mask[:, :2], ids)
     with pytest.raises(ValueError, match=r"and \[2\]"):
         losses.add(values, mask, ids[:2])
-    with pytest.raises(IndexError):
-        losses.add(values, mask, torch.tensor([0, 1, 4]))
+    for outside in (4, -1):
+        with pytest.raises(RuntimeError, match="out of bounds"):
+            losses.add(values, mask, torch.tensor([0, 1, outside]))
     with pytest.raises(ValueError, match="cannot be merged"):
         losses.merge(LanguageLosses(["de"]))
     with pytest.raises(ValueError, match=r"\['fi'\]"):

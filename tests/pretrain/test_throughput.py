@@ -68,10 +68,10 @@ def test_a_cpu_is_measured_and_its_thread_count_put_back():
 
 def test_ranks_on_a_cpu_share_one_machine():
     one, _ = peak_flops_of_run("cpu", "fp32", world_size=1, ranks_per_host=1)
-    four, _ = peak_flops_of_run("cpu", "fp32", world_size=4, ranks_per_host=4)
-    hosts, _ = peak_flops_of_run("cpu", "fp32", world_size=64, ranks_per_host=4)
-    assert four / one < 4  # measured twice on a busy machine, but not multiplied by ranks
-    assert hosts / one > 4  # 16 hosts
+    ranks, _ = peak_flops_of_run("cpu", "fp32", world_size=1000, ranks_per_host=1000)
+    hosts, _ = peak_flops_of_run("cpu", "fp32", world_size=1000, ranks_per_host=1)
+    # wide margins: each is a measurement of its own, on a machine that may be busy
+    assert ranks / one < 100 < hosts / one
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
 import textwrap
@@ -247,13 +246,14 @@ def test_online_without_a_server_falls_back_to_offline(tmp_path: Path):
 
 
 def test_losing_wandb_in_mid_run_is_told_once_and_the_run_goes_on(tmp_path: Path):
-    kill = textwrap.dedent(f"""
-        import pathlib
+    kill = textwrap.dedent("""
+        import pathlib, time
+        me = os.getpid()
         if step == 2:
-            for child in pathlib.Path(f"/proc/{{os.getpid()}}/task/{{os.getpid()}}/children").read_text().split():
-                if b"wandb-core" in pathlib.Path(f"/proc/{{child}}/cmdline").read_bytes():
-                    os.kill(int(child), {int(signal.SIGKILL)})
-            import time; time.sleep(0.5)
+            for child in pathlib.Path(f"/proc/{me}/task/{me}/children").read_text().split():
+                if b"wandb-core" in pathlib.Path(f"/proc/{child}/cmdline").read_bytes():
+                    os.kill(int(child), signal.SIGKILL)
+            time.sleep(0.5)
     """)
     done = run_wandb(tmp_path, 0, 6, each_step=f"exec({kill!r})")
     assert done.stderr.count("WARNING: Weights & Biases failed") == 1

@@ -1,0 +1,98 @@
+"""Optional packages are told apart by what is in them, without importing them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from parallel.accelerators import ApexTrap, check_apex, find_accelerators
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def package(folder: Path, *modules: str) -> None:
+    """Files for `modules`; importing any of them ends the process with code 9."""
+    for module in modules:
+        path = folder / Path(*module.split("."))
+        path.mkdir(parents=True, exist_ok=True)
+        (path / "__init__.py").write_text("import os\nos._exit(9)\n")
+
+
+def python(folder: Path, code: str) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join([str(folder), str(REPOSITORY)])
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+
+
+SHOW = """
+from parallel.accelerators import check_apex, find_accelerators
+for a in find_accelerators():
+    print(a.name, a.found, a.problem)
+check_apex()
+"""
+
+
+def test_every_package_says_what_it_brings_and_how_to_get_it() -> None:
+    accelerators = find_accelerators()
+    names = [a.name for a in accelerators]
+    assert names == ["apex", "transformer_engine", "flash_attn", "triton", "deepspeed"]
+    for accelerator in accelerators:
+        assert accelerator.brings
+        assert accelerator.how_to_get
+        assert accelerator.describe().startswith(accelerator.name)
+
+
+def test_the_unrelated_apex_is_a_trap(tmp_path: Path) -> None:
+    package(tmp_path, "apex", "apex.lib")
+    result = python(tmp_path, SHOW)
+    assert result.returncode == 1, result.stderr
+    assert f"apex False the package `apex` at {tmp_path / 'apex'} is not NVIDIA's" in result.stdout
+    assert "ApexTrap" in result.stderr
+    assert "fix: pip uninstall apex" in result.stderr
+
+
+def test_the_trap_is_raised_in_this_process_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_apex()  # nothing here to complain about
+    package(tmp_path, "apex")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ApexTrap, match="pip uninstall apex"):
+        check_apex()
+
+
+def test_the_real_apex_is_found_without_importing_it(tmp_path: Path) -> None:
+    package(tmp_path, "apex", "apex.optimizers", "amp_C")
+    result = python(tmp_path, SHOW)
+    assert result.returncode == 0, result.stderr
+    assert "apex True None" in result.stdout
+
+
+def test_apex_without_its_cuda_extension_is_not_found(tmp_path: Path) -> None:
+    package(tmp_path, "apex", "apex.optimizers")
+    result = python(tmp_path, SHOW)
+    assert result.returncode == 0, result.stderr
+    assert "apex False amp_C missing from it: build it from" in result.stdout
+
+
+def test_versions_come_from_the_metadata(tmp_path: Path) -> None:
+    package(tmp_path, "flash_attn", "flash_attn.flash_attn_interface")
+    info = tmp_path / "flash_attn-2.9.1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: flash_attn\nVersion: 2.9.1\n")
+    code = "from parallel.accelerators import find_accelerators as f; print(f()[2].describe())"
+    result = python(tmp_path, code)
+    assert result.stdout.startswith("flash_attn: 2.9.1 ("), result.stderr
+
+
+def test_looking_imports_neither_torch_nor_megatron(tmp_path: Path) -> None:
+    code = SHOW + "import sys; print(sorted({'torch', 'megatron', 'triton'} & set(sys.modules)))"
+    result = python(tmp_path, code)
+    assert result.stdout.splitlines()[-1] == "[]", result.stderr
