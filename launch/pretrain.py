@@ -7,7 +7,9 @@ fit are answered once on each node, without a traceback, and all ranks leave wit
 """
 
 import os
+import re
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import NoReturn, cast
@@ -35,7 +37,7 @@ def launch(cfg: DictConfig) -> None:
     except ConfigError as error:
         refuse(error)
     if hydra_config.mode == RunMode.MULTIRUN:  # or jobs would go on from each other's checkpoints
-        config.run_dir += "/" + hydra_config.job.override_dirname.replace("/", "_")
+        config.run_dir += "/" + re.sub(r"[^\w.+-]+", "_", hydra_config.job.override_dirname)
 
     from pretrain.run import run  # imports torch and megatron-core, which takes seconds
 
@@ -62,6 +64,9 @@ def refuse(error: ConfigError) -> NoReturn:
     if os.environ.get("LOCAL_RANK", "0") == "0":
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr)
+    elif "TORCHELASTIC_RUN_ID" in os.environ:
+        # whoever leaves first makes torchrun end the others, and that must be the one that speaks
+        time.sleep(20)
     sys.exit(2)
 
 

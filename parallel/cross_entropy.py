@@ -192,7 +192,7 @@ def _chunked_loss(
             if start == 0 and grad_weight.dtype == hidden.dtype:
                 torch.mm(grad_logits.t(), hidden_c, out=grad_weight)  # saves writing zeros first
                 continue
-            if False:
+            if start == 0:
                 grad_weight.zero_()
             accumulate_weight_gradient(hidden_c, grad_logits, grad_weight)
     if t == 0 and grad_weight is not None:

@@ -16,8 +16,6 @@ from tests.distributed import close_pool
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "slow: takes more than about 10 s")
-    config.addinivalue_line("markers", "gpu: needs a CUDA device; run with `pytest -m gpu`")
     # The gloo tests are CPU tests on every machine: where CUDA is visible the bridge stays off
     # and megatron-core would put tensors on the device.
     if not _gpu_run(config):

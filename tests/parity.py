@@ -38,7 +38,7 @@ MODEL = ModelConfig(
 )
 # Adam divides by the gradient's own size: where a gradient is rounding noise, the update is of
 # order lr in any layout. An eps above the noise keeps the update linear in the gradient there.
-OPTIMIZER = OptimizerConfig(lr=1e-2, adam_eps=1e-5, clip_grad=1.0)
+OPTIMIZER = OptimizerConfig(lr=1e-2, adam_eps=1e-3, clip_grad=1.0)
 
 
 @dataclass

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from parallel.config import ParallelConfig
 from parallel.megatron import parallel_state
-from parallel.runtime import initialize
+from parallel.runtime import initialize, shutdown
 from tests.distributed import MAX_WORKERS, RankFailed, _pool, close_pool, run_on_gloo
 
 
@@ -96,7 +96,7 @@ def test_a_job_leaves_nothing_behind() -> None:
 def test_a_failing_rank_shows_its_traceback_and_the_pool_recovers() -> None:
     run_on_gloo(2, nothing)
     before = workers()
-    with pytest.raises(RankFailed, match="raise_on failed on rank.s. .1. of 2") as caught:
+    with pytest.raises(RankFailed, match=r"raise_on failed on rank\(s\) \[1\] of 2") as caught:
         run_on_gloo(2, raise_on, 1)
     assert list(caught.value.reports) == [1]
     assert "ArithmeticError: no number on rank 1" in str(caught.value)
@@ -139,6 +139,17 @@ def test_functions_that_cannot_be_sent_are_refused() -> None:
 def test_impossible_world_sizes_are_refused(world_size: int) -> None:
     with pytest.raises(ValueError, match=f"world_size={world_size} is not in 1..MAX_WORKERS"):
         run_on_gloo(world_size, nothing)
+
+
+def test_a_parent_with_a_process_group_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    runtime = initialize(ParallelConfig(), seed=1)
+    try:
+        with pytest.raises(RuntimeError, match="holds a process group itself"):
+            run_on_gloo(1, nothing)
+    finally:
+        shutdown(runtime)
+    run_on_gloo(1, nothing)
 
 
 def test_the_pool_can_be_closed_and_used_again() -> None:

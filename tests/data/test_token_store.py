@@ -1,3 +1,4 @@
+import importlib
 import json
 import signal
 import subprocess
@@ -25,11 +26,9 @@ ABOUT = {
 
 @pytest.fixture(scope="module")
 def megatron() -> ModuleType:
-    """megatron-core's own reader and writer, through the door that quietens its import."""
-    import parallel.megatron  # noqa: F401
-    from megatron.core.datasets import indexed_dataset
-
-    return indexed_dataset
+    """megatron-core's own reader and writer; the door to megatron-core has to come first."""
+    importlib.import_module("parallel.megatron")
+    return importlib.import_module("megatron.core.datasets.indexed_dataset")
 
 
 def write(prefix: Path, vocab_size: int = 8192) -> TokenStore:

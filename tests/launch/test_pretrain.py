@@ -4,9 +4,13 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from models.config import nearest_divisor
+from parallel.rank_layout import RankLayout
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = str(ROOT / "launch" / "pretrain.py")
@@ -22,6 +26,8 @@ def start(
 ) -> subprocess.CompletedProcess[str]:
     """Runs `python launch/pretrain.py WORDS` in `folder`, as torchrun would one of its ranks."""
     ranks = {"WORLD_SIZE": world_size, "RANK": local_rank, "LOCAL_RANK": local_rank}
+    if world_size == 1:
+        ranks = {}  # no torchrun
     began = time.monotonic()
     ended = subprocess.run(
         [sys.executable, *(python or (SCRIPT,)), *words],
@@ -72,6 +78,44 @@ def test_layout_against_the_number_of_processes(tmp_path: Path) -> None:
 
     second = start(*words, folder=tmp_path, world_size=6, local_rank=1)
     assert (second.returncode, second.stderr) == (2, "")  # once on each node, but all leave
+
+
+@pytest.mark.slow
+def test_under_torchrun(tmp_path: Path) -> None:
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", SCRIPT)
+    ended = subprocess.run(
+        [sys.executable, *torchrun, "+model=magneto_tiny", "parallel=tp2"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert ended.returncode != 0
+    told = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
+    assert len(told) == 1
+    assert "3 processes were started; start 2 or 4 with torchrun" in told[0]
+
+
+@pytest.mark.slow
+def test_a_refusal_of_the_run_is_a_message_too(tmp_path: Path) -> None:
+    ended = start("+experiment=tiny_cpu", f"data.corpus={tmp_path}/none", folder=tmp_path)
+    assert ended.returncode == 2
+    assert ended.stderr.strip().startswith(f"error on rank 0: data.corpus={tmp_path}/none: no such")
+
+
+def test_only_what_we_raise_ourselves_is_said_without_a_traceback() -> None:
+    from launch.pretrain import raised_by_us
+
+    def caught(function: Callable[[], object]) -> Exception:
+        try:
+            function()
+        except Exception as error:
+            return error
+        raise AssertionError("nothing was raised")
+
+    assert raised_by_us(caught(lambda: RankLayout(world_size=0)))
+    assert not raised_by_us(caught(lambda: nearest_divisor(0, 1)))  # min() of nothing
+    assert not raised_by_us(caught(lambda: int("a")))
 
 
 def test_every_problem_has_a_line(tmp_path: Path) -> None:

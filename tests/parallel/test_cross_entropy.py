@@ -14,8 +14,8 @@ from tests.distributed import run_on_gloo
 from tests.parallel.test_sub_layernorm import CollectiveCounter
 
 TOKENS, HIDDEN, VOCABULARY = 50, 24, 96
-# Relative Frobenius error of fp32 against fp64. Seen: at most 2.0e-7.
-FP32_BOUND = 5e-7
+# Relative Frobenius error of fp32 against fp64. Seen: at most 4.3e-7, logits being about 15.
+FP32_BOUND = 1e-6
 
 
 def inputs(dtype: torch.dtype = torch.float32, masked: bool = True) -> dict[str, Tensor]:

@@ -159,7 +159,7 @@ def test_a_rank_that_never_arrives_is_named(start_ranks: StartRanks) -> None:
     assert "look at: were the missing processes started at all" in present["text"]
 
 
-def test_ranks_missing_at_a_later_stage_are_named_with_their_host_by_all_others(
+def test_ranks_missing_at_a_later_stage_are_named_with_their_host(
     start_ranks: StartRanks,
 ) -> None:
     away = ("leave:process group", "hang:process group")

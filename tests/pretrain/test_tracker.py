@@ -162,9 +162,11 @@ def run_wandb(
         timeout=timeout,
         each_step=each_step,
     )
+    script = run_dir.parent / "a_run.py"
+    script.write_text(code)  # a file: of `python -c`, W&B would record no command line
     environment = {**os.environ, "WANDB_API_KEY": KEY, "WANDB_BASE_URL": "http://127.0.0.1:9"}
     return subprocess.run(
-        [sys.executable, "-c", code, *arguments],
+        [sys.executable, str(script), *arguments],
         capture_output=True,
         text=True,
         env=environment,
