@@ -232,12 +232,10 @@ def balanced_schedule(counts: np.ndarray) -> np.ndarray:
     # in whole numbers, so that no rounding makes an item late
     release = -(-(((item - 1) * halves + 1) * size) // (halves * count))
     # places in the order of the deadlines: small, and ties go to the first kind
+    by_deadline = np.argsort((item * halves - 1) * size / (halves * count), kind="stable")
     place = np.empty(size, np.int64)
-    place[np.argsort((item * halves - 1) * size / (halves * count), kind="stable")] = np.arange(
-        size
-    )
-    kind_at = np.empty(size, np.int32)
-    kind_at[place] = kind
+    place[by_deadline] = np.arange(size)
+    kind_at = kind[by_deadline].astype(np.int32)
     by_release = np.argsort(release, kind="stable")
     arriving, arrives = place[by_release].tolist(), [*release[by_release].tolist(), size + 1]
 

@@ -26,6 +26,8 @@ from launch.schema import CONF, CompositionError, explain, register, to_pretrain
 from parallel.config import ConfigError
 from pretrain.config import validate
 
+ROOMS = ("parallel", "models", "data", "pretrain", "launch")
+
 
 def launch(cfg: DictConfig) -> None:
     """Called by Hydra with the settings put together; with --multirun, once for each job."""
@@ -33,7 +35,7 @@ def launch(cfg: DictConfig) -> None:
     try:
         typed = OmegaConf.to_container(hydra_config.overrides.task, resolve=False)
         config = to_pretrain_config(cfg, cast(list[str], typed))
-        validate(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+        validate(config, world_size=int(os.environ.get("WORLD_SIZE") or 1))
     except ConfigError as error:
         refuse(error)
     if hydra_config.mode == RunMode.MULTIRUN:  # or jobs would go on from each other's checkpoints
@@ -73,7 +75,8 @@ def refuse(error: ConfigError) -> NoReturn:
 def raised_by_us(error: Exception) -> bool:
     """Whether a `raise` of one of our rooms ended the run: then its message says all there is."""
     last = traceback.extract_tb(error.__traceback__)[-1]
-    return CONF.parent in Path(last.filename).parents and (last.line or "").startswith("raise ")
+    ours = any(CONF.parent / room in Path(last.filename).parents for room in ROOMS)
+    return ours and (last.line or "").startswith("raise ")
 
 
 if __name__ == "__main__":

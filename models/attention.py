@@ -1,6 +1,6 @@
 """Core attention: causal softmax(QKᵀ)V on torch's scaled_dot_product_attention, with positions.
 
-Shapes: s sequence, b batch, n this rank's query heads, g this rank's key/value groups, d head width.
+Shapes: s sequence, b batch, n this rank's query heads, g its key/value groups, d head width.
 Plugs into megatron-core's SelfAttention as its `core_attention`; queries, keys and values arrive
 without positions, which are applied here because xPos scales queries and keys differently
 (megatron-core's rotary hook has one scale for both).

@@ -116,8 +116,8 @@ def transformer_config(
         # messages are told apart by order alone: interleaved runs would go wrong without a word.
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
-        # Overlapped sends over gloo still read the tensor when megatron-core frees it (NaN at once);
-        # with CUDA the caching allocator keeps it alive until the stream is done.
+        # Overlapped sends over gloo still read the tensor when megatron-core frees it (NaN at
+        # once); with CUDA the caching allocator keeps it alive until the stream is done.
         deallocate_pipeline_outputs=not interleaved or torch.cuda.is_available(),
         # our weights are drawn afterwards, see models.initialize
         init_method=_leave_as_is,

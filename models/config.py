@@ -16,8 +16,8 @@ class LayerNormPlacement(Enum):
     pre_ln = "pre_ln"
     post_ln = "post_ln"
     deepnorm = "deepnorm"  # arXiv 2203.00555: post-LN with an up-scaled residual
-    # DeepNorm's residual scale on a pre-LN block: what TorchScale's decoder with deepnorm=True is in
-    # its repository (the released 0.3.0 builds the paper's)
+    # DeepNorm's residual scale on a pre-LN block: what TorchScale's decoder with deepnorm=True is
+    # in its repository (the released 0.3.0 builds the paper's)
     deepnorm_pre_ln = "deepnorm_pre_ln"
 
 

@@ -3,7 +3,7 @@
 Every element of every parameter is a pure function of (seed, global parameter name, position in
 the full tensor). A rank evaluates it for the elements it holds and for no others, so the same seed
 gives the same full weights under every tensor, pipeline and interleaved layout, no rank ever holds
-more than its own share plus one block of `_BLOCK` elements, and nothing is communicated.
+more than its own share plus one block of temporary values, and nothing is communicated.
 
 The function is a counter-based generator: the element's index, offset by a 64-bit key hashed from
 seed and name, goes through the finaliser of SplitMix64 (Steele, Lea and Flood 2014), and the two
@@ -27,7 +27,9 @@ from models.config import Activation, InitMethod, LayerNormPlacement, ModelConfi
 from models.magneto import initial_gain
 from parallel.megatron import MegatronModule, get_transformer_layer_offset
 
-_BLOCK = 1 << 20  # elements evaluated at once: bounds the temporary memory (about 40 MB)
+# Elements evaluated at once, which bounds the temporary memory: what stays in a CPU core's cache
+# (25 ns an element, against 47 with blocks of a million), what keeps a GPU busy (0.6 GB).
+_BLOCK = {"cpu": 1 << 16, "cuda": 1 << 24}
 _LOW_32 = (1 << 32) - 1
 EMBEDDING = "embedding.word_embeddings.weight"
 
@@ -175,7 +177,7 @@ def _fill(parameter: torch.nn.Parameter, name: str, model: ModelConfig, seed: in
     full_columns = columns.numel() if parameter.dim() == 1 else _full_size(parameter, 1)
     std, uniform = _per_row(pattern, rows)
     key = parameter_key(seed, name)
-    step = max(1, _BLOCK // max(1, columns.numel()))
+    step = max(1, _BLOCK[parameter.device.type] // max(1, columns.numel()))
     for start in range(0, rows.numel(), step):
         block = rows[start : start + step]
         index = block[:, None] * full_columns + columns[None]
@@ -195,14 +197,14 @@ def _per_row(pattern: list[tuple[int, Scale]], rows: Tensor) -> tuple[Tensor, bo
 def _tensor_parallel(parameter: torch.nn.Parameter, dim: int) -> tuple[int, int, int]:
     """(size, rank, stride) of the tensor-parallel sharding of `dim`."""
     sharded = getattr(parameter, "tensor_model_parallel", False)
-    if not sharded or parameter.partition_dim != dim:
+    if not sharded or parameter.partition_dim != dim:  # type: ignore[attr-defined]
         return 1, 0, 1
     from parallel.megatron import parallel_state
 
     return (
         parallel_state.get_tensor_model_parallel_world_size(),
         parallel_state.get_tensor_model_parallel_rank(),
-        parameter.partition_stride,
+        parameter.partition_stride,  # type: ignore[attr-defined]
     )
 
 

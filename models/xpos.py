@@ -1,6 +1,6 @@
 """Rotary positions on local tensors: RoPE (arXiv 2104.09864) and xPos (arXiv 2212.10554 section 3).
 
-Shapes: s sequence, b batch, n heads, d width of one head. No process groups, ranks or settings here.
+Shapes: s sequence, b batch, n heads, d width of one head. No groups, ranks or settings here.
 
 A pair of neighbouring channels (2i, 2i+1) is one complex number; a rotation by the angle m·θ_i at
 position m is a multiplication by exp(i·m·θ_i), and xPos also multiplies queries by ζ_i^m and keys

@@ -32,12 +32,12 @@ SUBSTITUTIONS: dict[str, str] = {
     "factories and Tensor.new_* with a CUDA device": "literal device='cuda' -> CPU",
     "Tensor.to, Tensor.cuda, Module.to, Module.cuda, pin_memory": "the move is to the CPU",
     "Tensor.type() -> 'torch.cuda.*'": "the optimizer picks parameters by that name",
-    "torch.distributed.all_gather": "gloo refuses uneven sizes, which expert dispatch needs: padded",
+    "torch.distributed.all_gather": "gloo refuses the uneven sizes of expert dispatch: padded",
     "moe_utils.te_general_gemm": "upstream leaves the name undefined without Transformer Engine",
     "maybe_move_tensor_to_cpu": "upstream converts split sizes to numpy only `if tensor.is_cuda`",
     "filesystem_async._get_write_results_queue": "upstream spawns a process that imports torch "
     "anew (seconds); without a CUDA context a forked one is safe",
-    "torch.compile during import": "about 60 functions are compiled at import (5 s); not needed here",
+    "torch.compile during import": "about 60 functions are compiled at import (5 s), unused here",
     "wandb during import": "imported by an inference module (2 s) that is not used",
 }
 
@@ -59,8 +59,8 @@ def needed() -> bool:
 def install() -> None:
     """Give torch's CUDA names a CPU meaning. Does nothing with CUDA, or the second time.
 
-    Must run before megatron-core is imported (it copies references at import); ``parallel.megatron``
-    sees to that.
+    Must run before megatron-core is imported (it copies references at import);
+    ``parallel.megatron`` sees to that.
     """
     global _installed
     if _installed or not needed():

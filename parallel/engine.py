@@ -44,7 +44,8 @@ class StepResult:
 
 
 class Engine(Protocol):
-    chunks: Sequence[torch.nn.Module]
+    @property
+    def chunks(self) -> Sequence[torch.nn.Module]: ...
 
     def forward_backward(
         self,

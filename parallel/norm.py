@@ -56,7 +56,7 @@ class Norm(nn.Module):
         self.weight = nn.Parameter(torch.ones(hidden_size, **place))
         self.bias = None if self.rms else nn.Parameter(torch.zeros(hidden_size, **place))
         for parameter in self.parameters():
-            parameter.sequence_parallel = config.sequence_parallel
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
         return normalize(x, self.weight, self.bias, self.eps, self.rms)

@@ -230,7 +230,7 @@ def shutdown(runtime: Runtime) -> None:
     if runtime is not _current:
         return
     _current = None
-    parallel_state.destroy_model_parallel()
+    _drop_model_parallel_groups()
     if not runtime.owns_process_group:
         return
     dist.destroy_process_group()
@@ -240,6 +240,14 @@ def shutdown(runtime: Runtime) -> None:
             runtime.store.set("shutdown/all", "")
         elif runtime.hosts_store:
             _wait(runtime.store, "shutdown/all", _FAREWELL_SECONDS)
+
+
+def _drop_model_parallel_groups() -> None:
+    parallel_state.destroy_model_parallel()
+    # megatron-core 0.16.1 forgets these two, and with them their gloo threads, which abort a
+    # process forked later
+    parallel_state._INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP = None
+    parallel_state._INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP_GLOO = None
 
 
 def _choose_device(local_rank: int, cuda_devices: int) -> torch.device:
@@ -490,6 +498,7 @@ class _Stages:
             yield
         finally:
             timer.cancel()
+            timer.join()
 
     def _exit_stuck(self, name: str) -> None:
         place = self.place

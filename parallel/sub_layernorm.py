@@ -115,7 +115,8 @@ class SubLayerNormRowParallelLinear(RowParallelLinear):
         for parameter in (self.norm_weight, self.norm_bias):
             if parameter is not None:
                 set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=0, stride=1)
-                parameter.allreduce = True  # a dense parameter to the data-parallel reduction
+                # a dense parameter to the data-parallel reduction
+                parameter.allreduce = True  # type: ignore[attr-defined]
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
         norm = (self.norm_weight, self.norm_bias, self.eps, self.rms)
@@ -276,7 +277,7 @@ def folded_partial(
     torch.mul(product, std.view(chunks, -1, 1), out=tokens[..., :h])
     slots = tokens[..., h:].zero_()
     slots[..., rank * columns : (rank + 1) * columns] = pieces.view(chunks, -1, columns)
-    if not rms:
+    if b is not None:  # LayerNorm
         extra.zero_()
         u_and_c = weight @ torch.stack([g, b], 1)
         extra[:, rank, :h] = u_and_c[:, 0]

@@ -9,6 +9,7 @@ any device, so the fusion does not need the extension.
 
 import functools
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -110,7 +111,7 @@ def enable_torch_weight_gradient_fusion() -> bool:
     extension there, and returns whether it did. Call it before the layers are built: they check
     for the extension in their constructor. Calling it again changes nothing.
     """
-    megatron_layers = sys.modules[RowParallelLinear.__module__]
+    megatron_layers: Any = sys.modules[RowParallelLinear.__module__]
     if megatron_layers._grad_accum_fusion_available:
         return False
     megatron_layers.fused_weight_gradient_mlp_cuda = TorchWeightGradient

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from pretrain.provenance import write_run_record
 from pretrain.report import plot_curves, print_report
 from pretrain.stop_signal import StopSignal
 from pretrain.throughput import ThroughputMeter, peak_flops_of_run
-from pretrain.tracker import make_tracker
+from pretrain.tracker import make_tracker, read_metrics
 from pretrain.train_loop import Outcome, TrainLoop
 
 
@@ -36,7 +37,7 @@ def run(config: PretrainConfig) -> Outcome:
 
     Writes the run's record, metrics, checkpoints and curves into `config.run_dir`.
     """
-    with StopSignal(announce=print if _is_rank_zero() else None) as stop:
+    with StopSignal(announce=partial(print, flush=True) if _is_rank_zero() else None) as stop:
         runtime = initialize(config.parallel, config.train.seed)
         run_dir = Path(config.run_dir)
 
@@ -182,14 +183,14 @@ def throughput_meter(config: PretrainConfig, data: Data, runtime: Runtime) -> Th
 def report(outcome: Outcome, run_dir: Path, config: PretrainConfig) -> None:
     """Losses by family at start and end, a picture of the curves, and what to try next."""
     curves = plot_curves(run_dir / "metrics.jsonl", run_dir / "curves.png")
-    resume = f"run_dir={run_dir} checkpoint.resume=required"
     if outcome.stopped_by:
-        print(f"stopped by {outcome.stopped_by}; resume with {resume}")
+        print(f"stopped by {outcome.stopped_by}; the same command goes on from the checkpoint")
         return
     model = config.model.name
     steps = config.train.train_steps
+    evaluations = [r for r in read_metrics(run_dir / "metrics.jsonl") if "eval/loss" in r]
     print_report(
-        outcome.first_evaluation,
+        evaluations[0],  # of the run's first start, however often it was resumed
         outcome.last_evaluation,
         artefacts={
             "curves": curves,

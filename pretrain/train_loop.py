@@ -24,7 +24,6 @@ from pretrain.train_step import StepMetrics, train_step
 class Outcome:
     """How a run ended."""
 
-    first_evaluation: dict[str, float] = field(default_factory=dict)
     last_evaluation: dict[str, float] = field(default_factory=dict)
     stopped_by: str | None = None  # name of the signal, on the ranks that received it
 
@@ -48,7 +47,7 @@ class TrainLoop:
         """Train from `state` to `train.train_steps`; on a signal finish the step, save, return."""
         train = self.config.train
         outcome = Outcome()
-        outcome.first_evaluation = outcome.last_evaluation = self._evaluate(state)
+        outcome.last_evaluation = self._evaluate(state)
         stopping = False
         while state.step < train.train_steps and not stopping:
             metrics = self._step(state, stop)

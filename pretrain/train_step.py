@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -106,6 +106,11 @@ def reduce_losses(
     return losses, bool(packed[-1] > 0)
 
 
-def _shape(micro_batches: list[Batch]) -> dict[str, int]:
+class _Shape(TypedDict):
+    seq_length: int
+    micro_batch_size: int
+
+
+def _shape(micro_batches: list[Batch]) -> _Shape:
     micro_batch_size, seq_length = micro_batches[0].tokens.shape
     return {"seq_length": seq_length, "micro_batch_size": micro_batch_size}

@@ -276,11 +276,11 @@ def _tidy_up() -> None:
     import torch.distributed as dist
 
     from parallel import runtime
-    from parallel.megatron import parallel_state, tensor_parallel
+    from parallel.megatron import tensor_parallel
 
     if runtime._current is not None:
         runtime.shutdown(runtime._current)
-    parallel_state.destroy_model_parallel()
+    runtime._drop_model_parallel_groups()
     tensor_parallel.get_cuda_rng_tracker().reset()
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -162,6 +162,14 @@ def test_seed_changes_the_order_and_other_languages_do_not(stores: list[TokenSto
     assert order(mixture_of(stores), "en") == order(mixture_of(without_hindi), "en")
 
 
+def test_languages_of_one_size_are_not_in_step(make_store: Callable[..., TokenStore]) -> None:
+    """Translations lie at the same places of their stores; they must not come up together."""
+    stores = [make_store(code, "germanic", 3000) for code in ("de", "nl")]
+    mixture = mixture_of(stores)
+    language, number = mixture.locate(np.arange(180))
+    assert (number[language == 0] == number[language == 1]).mean() < 0.1
+
+
 def test_read_gives_the_located_tokens(stores: list[TokenStore]) -> None:
     mixture = mixture_of(stores)
     language, number = mixture.locate(np.arange(200))

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hydra.utils import get_class
 
 from models.config import nearest_divisor
 from parallel.rank_layout import RankLayout
@@ -116,6 +117,8 @@ def test_only_what_we_raise_ourselves_is_said_without_a_traceback() -> None:
     assert raised_by_us(caught(lambda: RankLayout(world_size=0)))
     assert not raised_by_us(caught(lambda: nearest_divisor(0, 1)))  # min() of nothing
     assert not raised_by_us(caught(lambda: int("a")))
+    # a library's own `raise`, even where the virtual environment lies inside the repository
+    assert not raised_by_us(caught(lambda: get_class("nowhere")))
 
 
 def test_every_problem_has_a_line(tmp_path: Path) -> None:

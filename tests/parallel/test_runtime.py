@@ -52,6 +52,10 @@ def torchrun(*roles: str, timeout: float, restarts: int = 0) -> subprocess.Compl
     return subprocess.run(command, capture_output=True, text=True, timeout=90)
 
 
+def number_of_threads() -> int:
+    return len(list(Path("/proc/self/task").iterdir()))
+
+
 # ---- healthy starts ----
 
 
@@ -127,6 +131,16 @@ def test_without_torchrun_a_process_runs_alone(monkeypatch: pytest.MonkeyPatch) 
         shutdown(runtime)
         shutdown(runtime)
         assert not torch.distributed.is_initialized()
+
+
+def test_shutdown_takes_every_thread_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    before = number_of_threads()
+    runtime = initialize(ParallelConfig(), seed=1)
+    assert number_of_threads() > before
+    shutdown(runtime)
+    del runtime
+    assert number_of_threads() == before
 
 
 def test_plain_environment_variables_start_several_ranks(start_ranks: StartRanks) -> None:

@@ -42,6 +42,7 @@ def test_views_weight_by_tokens():
     assert losses.per_language() == {"de": 1.5, "en": 4.0, "fr": 5.0}  # fi has no tokens
     assert losses.per_family(FAMILIES) == {"Germanic": pytest.approx(7 / 3), "Romance": 5.0}
     assert losses.mean() == pytest.approx(22 / 6)
+    assert losses.valid_tokens() == 6
 
 
 def test_metric_names():

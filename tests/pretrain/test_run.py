@@ -1,0 +1,223 @@
+"""Whole runs, as a user starts them: torchrun, the shipped text, checkpoints, signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = [
+    "+experiment=tiny_cpu",
+    "model.num_layers=4",
+    "model.hidden_size=32",
+    "model.ffn_hidden_size=64",
+    "data.seq_length=32",
+    "data.languages=[de,hi,zh]",
+    "train.global_batch_size=4",
+    "train.eval_sequences=2",
+    "train.eval_interval=0",
+    "checkpoint.save_interval=0",
+    "schedule.lr_decay_style=constant",  # so that a longer run has the same first steps
+    "wandb.mode=disabled",
+]
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    cache = tmp_path_factory.mktemp("cache")
+    clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return {**clean, "XDG_CACHE_HOME": str(cache), "OMP_NUM_THREADS": "1"}
+
+
+def command(processes: int, *settings: str) -> list[str]:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    start = [*torchrun, f"--nproc-per-node={processes}"] if processes > 1 else [sys.executable]
+    return [*start, "launch/pretrain.py", *TINY, *settings]
+
+
+def run(environment: dict[str, str], processes: int, *settings: str) -> str:
+    done = subprocess.run(
+        command(processes, *settings),
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
+    return done.stdout
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    """step -> training loss; every step once."""
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").open()]
+    steps = [record["step"] for record in records if "train/loss" in record]
+    assert len(steps) == len(set(steps)), steps
+    return {record["step"]: record["train/loss"] for record in records if "train/loss" in record}
+
+
+FOUR = ("parallel=tp2_pp2",)
+
+
+@pytest.fixture(scope="module")
+def whole(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight steps on 2 x 2 ranks without interruption."""
+    run_dir = tmp_path_factory.mktemp("whole")
+    run(
+        environment,
+        4,
+        *FOUR,
+        f"run_dir={run_dir}",
+        "train.train_steps=8",
+        "model.hidden_dropout=0.1",
+    )
+    return run_dir
+
+
+def test_run_writes_what_it_promises(whole: Path) -> None:
+    record = json.loads((whole / "run.json").read_text())
+    assert record["layout"]["tensor_parallel_size"] == 2 and record["layout"]["world_size"] == 4
+    assert {"torch", "megatron-core"} <= set(record["packages"])
+    assert record["data_fingerprint"]
+    assert "hidden_size: 32" in (whole / "config.yaml").read_text()
+    assert (whole / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert [path.name for path in (whole / "checkpoints").iterdir()] == ["step_00000008"]
+    assert list(losses(whole)) == list(range(1, 9))
+    records = [json.loads(line) for line in (whole / "metrics.jsonl").open()]
+    assert {"eval/loss", "eval/family/indic/loss", "eval/language/hi/loss"} <= records[0].keys()
+    assert records[0]["step"] == 0 and records[-1]["step"] == 8
+    last = next(r for r in reversed(records) if "train/loss" in r)
+    assert last["train/consumed_tokens"] == 8 * 4 * 32
+    assert 0 < last["throughput/model_flops_utilisation"] < 1
+    assert last["memory/peak_bytes"] > 1e8
+
+
+def test_resumed_run_is_bit_equal(environment: dict[str, str], whole: Path, tmp_path: Path) -> None:
+    """With dropout: its masks are functions of the step."""
+    settings = (*FOUR, f"run_dir={tmp_path}", "model.hidden_dropout=0.1")
+    run(environment, 4, *settings, "train.train_steps=3")
+    run(environment, 4, *settings, "train.train_steps=8", "checkpoint.resume=required")
+    assert losses(tmp_path) == losses(whole)
+    assert len(list(tmp_path.glob("run*.json"))) == 2
+
+
+def test_kill_during_a_save_never_looks_complete(
+    environment: dict[str, str], whole: Path, tmp_path: Path
+) -> None:
+    """SIGKILL while checkpoints are being written; the next start goes on, same losses."""
+    settings = (*FOUR, f"run_dir={tmp_path}", "model.hidden_dropout=0.1", "train.train_steps=8")
+    process = subprocess.Popen(
+        command(4, *settings, "checkpoint.save_interval=1"),
+        cwd=ROOT,
+        env=environment,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    checkpoints = tmp_path / "checkpoints"
+    deadline = time.monotonic() + 120
+    while not list(checkpoints.glob("step_00000003.partial")):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.002)
+    kill_tree(process)
+    left = sorted(path.name for path in checkpoints.iterdir())
+    assert "step_00000003.partial" in left or "step_00000003" in left
+    run(environment, 4, *settings)
+    assert losses(tmp_path) == losses(whole)
+
+
+def kill_tree(process: subprocess.Popen) -> None:
+    """torchrun's workers have sessions of their own: kill parent and children, at once."""
+    children = subprocess.run(
+        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
+    ).stdout.split()
+    for pid in [process.pid, *map(int, children)]:
+        os.kill(pid, signal.SIGKILL)
+    process.wait()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_saves_and_the_next_start_goes_on(
+    environment: dict[str, str], whole: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    settings = (*FOUR, f"run_dir={tmp_path}", "model.hidden_dropout=0.1")
+    process = subprocess.Popen(
+        command(4, *settings, "train.train_steps=100000"),
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    metrics = tmp_path / "metrics.jsonl"
+    while not (metrics.is_file() and '"step": 2,' in metrics.read_text()):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert f"stopped by {number.name}" in output
+    saved = [path.name for path in (tmp_path / "checkpoints").iterdir()]
+    assert len(saved) == 1 and re.fullmatch(r"step_\d{8}", saved[0])
+    last = max(losses(tmp_path))
+    assert saved == [f"step_{last:08d}"]
+    ours, reference = losses(tmp_path), losses(whole)
+    assert all(ours[step] == reference[step] for step in ours if step in reference)
+
+
+def test_sampling_does_not_know_the_layout(environment: dict[str, str], whole: Path) -> None:
+    ask = [str(whole), "Die Seite", "--max-new-tokens", "6", "--seed", "5"]
+    alone = subprocess.run(
+        [sys.executable, "-m", "launch.generate", *ask],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    sharded = subprocess.run(
+        [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4",
+            "launch/generate.py", *ask,
+            "--tensor-model-parallel-size=2", "--pipeline-model-parallel-size=2",
+        ],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert alone.returncode == 0, alone.stderr
+    assert alone.stdout.startswith("Die Seite") and len(alone.stdout) > len("Die Seite\n")
+    assert sharded.stdout == alone.stdout, sharded.stderr[-3000:]
+
+
+REFUSED = {
+    "another model": (["model.hidden_size=64"], "model.hidden_size: 32 saved, 64 now"),
+    "resume=never": (["checkpoint.resume=never"], "checkpoint.resume=never, but"),
+    "sequence too long": (["data.seq_length=1024"], "data.seq_length=1024"),
+    "vocabulary too small": (["model.vocab_size=100"], "model.vocab_size=100 is smaller than"),
+    "missing corpus": (["data.corpus=/no/such/file.jsonl"], "/no/such/file.jsonl"),
+    "missing tokenizer": (["data.tokenizer=/no/such.json"], "/no/such.json"),
+    "unknown language": (["data.languages=[de,xx]"], "xx"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_input_is_one_clear_error(environment: dict[str, str], whole: Path, case: str) -> None:
+    """On two ranks: no hang, no traceback, exit code not 0, and the run folder untouched."""
+    settings, expected = REFUSED[case]
+    before = sorted((p, p.stat().st_mtime_ns) for p in (whole / "checkpoints").rglob("*"))
+    done = subprocess.run(
+        command(2, "parallel=tp2", f"run_dir={whole}", *settings),
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode != 0
+    assert expected in done.stderr, done.stderr[-3000:]
+    ours = done.stderr.split("torch.distributed.elastic")[0]
+    assert "Traceback" not in ours, done.stderr[-5000:]
+    assert before == sorted((p, p.stat().st_mtime_ns) for p in (whole / "checkpoints").rglob("*"))
