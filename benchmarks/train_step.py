@@ -66,6 +66,7 @@ class Row:
     best_tokens_per_second: float
     cpu_seconds_per_step: float  # median over steps
     ratio_to_plain: float | None  # plain's CPU-seconds / this peer's: above 1 is cheaper
+    waited_seconds_per_step: float  # median: ready to run, and other processes had the cores
     share_of_matmul: float  # median over steps of model FLOP/s / matmul FLOP/s around that step
     peak_rss_mb: float  # highest of the rounds
     first_loss: float | None
@@ -138,6 +139,7 @@ def summarize(job: Job, name: str, runs: list[dict], baseline_runs: list[dict]) 
         best_tokens_per_second=job.tokens_per_step / min(wall),
         cpu_seconds_per_step=median(seconds for run in runs for seconds in run["cpu_seconds"]),
         ratio_to_plain=median(ratios) if ratios else None,
+        waited_seconds_per_step=median(s for run in runs for s in run["waited_seconds"]),
         share_of_matmul=median(
             gflop_per_step / seconds / rate for seconds, rate in zip(wall, matmul, strict=True)
         ),
@@ -147,14 +149,20 @@ def summarize(job: Job, name: str, runs: list[dict], baseline_runs: list[dict]) 
     )
 
 
+def is_held_up(row: Row, job: Job) -> bool:
+    """Its steps waited for a core for more than a twentieth of their wall time."""
+    seconds_per_step = job.tokens_per_step / row.tokens_per_second
+    return row.waited_seconds_per_step > 0.05 * seconds_per_step
+
+
 def markdown_table(rows: list[Row]) -> str:
     def number(value: float | None, places: int) -> str:
         return "-" if value is None else f"{value:.{places}f}"
 
     lines = [
         "| peer | version | M params | tok/s median | best | CPU-s/step | vs plain (CPU) "
-        "| share of matmul | peak RSS MB | loss first → last |",
-        "|---|---|--:|--:|--:|--:|--:|--:|--:|---|",
+        "| waited s/step | share of matmul | peak RSS MB | loss first → last |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|---|",
     ]
     for row in rows:
         cells = [
@@ -165,6 +173,7 @@ def markdown_table(rows: list[Row]) -> str:
             number(row.best_tokens_per_second, 0),
             number(row.cpu_seconds_per_step, 2),
             number(row.ratio_to_plain, 2),
+            number(row.waited_seconds_per_step, 2),
             number(row.share_of_matmul, 2),
             number(row.peak_rss_mb, 0),
             f"{number(row.first_loss, 3)} → {number(row.last_loss, 3)}",
@@ -280,6 +289,12 @@ def main() -> int:
     machine = f"{cpu_name()}, {os.cpu_count()} CPUs, {started}"
     machine += f", {given.rounds} rounds x {given.steps} steps"
     text = "\n\n".join([describe_job(job), machine, markdown_table(rows)])
+    held_up = [row.peer for row in rows if is_held_up(row, job)]
+    if held_up:
+        text += (
+            f"\n\nOther processes held up {', '.join(held_up)}: tok/s and share of matmul do not "
+            "compare in this table, CPU-seconds do."
+        )
     if failures:
         text += "\n\n" + "\n".join(f"- {name}: {reason}" for name, reason in failures.items())
     print(text, flush=True)

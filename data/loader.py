@@ -1,8 +1,8 @@
 """This data-parallel rank's micro-batches of a training step, and of the validation set.
 
 Ranks come in as plain numbers. Neither class keeps a position: what a step holds is a function of
-the step, so resuming is asking for the next one, and the sequences of a step are the same set for
-every layout.
+how much was consumed before, so resuming is asking for the next step, and the sequences of a step
+are the same set for every layout.
 """
 
 from collections.abc import Iterator, Sequence
@@ -33,9 +33,10 @@ class SampleSource(Protocol):
 class MicroBatchLoader:
     """Cuts the stream of samples into steps, ranks and micro-batches.
 
-    Step t holds samples [t G, t G + G) for G = global_batch_size; micro-batch j of rank r of R
-    holds the m = micro_batch_size samples from t G + (j R + r) m on. num_micro_batches is
-    G / (m R), the same on every rank.
+    A step that begins after c consumed sequences holds samples [c, c + G) for G =
+    global_batch_size; micro-batch j of rank r of R holds the m = micro_batch_size samples from
+    c + (j R + r) m on. num_micro_batches is G / (m R), the same on every rank. Counting sequences
+    and not steps lets a resumed run change its batch size without repeating or skipping any.
 
     Raises ValueError if global_batch_size is not a multiple of micro_batch_size times the
     data-parallel size.
@@ -66,12 +67,12 @@ class MicroBatchLoader:
         self._rank, self._ranks = data_parallel_rank, data_parallel_size
         self.num_micro_batches = global_batch_size // samples_at_once
 
-    def micro_batches(self, step: int) -> Iterator[Batch]:
-        """This rank's num_micro_batches batches of a step (from 0), read as they are asked for."""
-        if step < 0:
-            raise ValueError(f"step {step}: steps count from 0")
+    def micro_batches(self, consumed_sequences: int) -> Iterator[Batch]:
+        """This rank's num_micro_batches batches of the next step, read as they are asked for."""
+        if consumed_sequences < 0:
+            raise ValueError(f"consumed_sequences={consumed_sequences}: counts from 0")
         # the formula costs about 0.2 ms a call however many samples it is asked for: once a step
-        languages, numbers = self._source.locate(self._samples(step))
+        languages, numbers = self._source.locate(self._samples(consumed_sequences))
         return (
             _batch(*self._source.read(language_ids, places), language_ids)
             for language_ids, places in zip(languages, numbers, strict=True)
@@ -81,11 +82,11 @@ class MicroBatchLoader:
         """Of the stream, for the checkpoint; batch sizes and layout may change between runs."""
         return self._source.fingerprint()
 
-    def _samples(self, step: int) -> np.ndarray:
+    def _samples(self, consumed_sequences: int) -> np.ndarray:
         """Sample numbers `[num_micro_batches, micro_batch_size]` of this rank."""
         order = np.arange(self._global_batch_size, dtype=np.int64)
         by_rank = order.reshape(self.num_micro_batches, self._ranks, self._micro_batch_size)
-        return step * self._global_batch_size + by_rank[:, self._rank]
+        return consumed_sequences + by_rank[:, self._rank]
 
 
 class ValidationSet:

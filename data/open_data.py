@@ -2,7 +2,7 @@
 
 prepare(config.data)                    # on one rank, the others wait; builds what is missing
 data = open_data(config.data, seq_length)         # on every rank
-loader = data.train_loader(...)         # loader.micro_batches(step)
+loader = data.train_loader(...)         # loader.micro_batches(consumed_sequences)
 validation = data.validation_set(...)   # validation.micro_batches()
 """
 

@@ -127,6 +127,7 @@ def transformer_config(
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
+        cuda_graph_scope=[],
     )
     config.sub_layernorm_reduction = parallel.sub_layernorm_reduction.value
     return config

@@ -78,7 +78,6 @@ cpu_bridge.repair_megatron()
 # what megatron-core 0.16 does on every run and a user can do nothing about
 for _message in (
     "Apex is not installed. Falling back to Torch Norm",
-    "full scope is deprecated",
     "The .grad attribute of a Tensor that is not a leaf Tensor",
     "`load_state_dict` is deprecated and will be removed",
     "Please use DTensor instead",

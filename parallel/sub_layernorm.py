@@ -322,7 +322,7 @@ def full_width_means(
 class _NormLinear(torch.autograd.Function):
     """W · Norm(x) on one rank; keeps x, and normalises it again in the backward pass.
 
-    Saves the normalised input, [t, n], for the price of one pass of the norm kernel.
+    That spares a tensor of [t, n] for the price of one more pass of the norm kernel.
     """
 
     @staticmethod

@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from data.open_data import Data, open_data, prepare
 from models.build import build_model
 from models.parameter_count import flops_per_token
+from parallel.accelerators import check_apex, find_accelerators
 from parallel.engine import MegatronEngine
 from parallel.precision import parameter_dtype
 from parallel.runtime import Runtime, initialize, shutdown
@@ -38,6 +39,7 @@ def run(config: PretrainConfig) -> Outcome:
     Writes the run's record, metrics, checkpoints and curves into `config.run_dir`.
     """
     with StopSignal(announce=partial(print, flush=True) if _is_rank_zero() else None) as stop:
+        check_apex()
         runtime = initialize(config.parallel, config.train.seed)
         run_dir = Path(config.run_dir)
 
@@ -91,8 +93,9 @@ def run(config: PretrainConfig) -> Outcome:
                 log_interval=config.train.log_interval,
             ),
         )
-        if runtime.rank == 0:
-            loop.progress.message(runtime.describe())
+        loop.progress.message(runtime.describe())
+        for accelerator in find_accelerators():
+            loop.progress.message(accelerator.describe())
         finished = False
         try:
             outcome = loop.run(state, stop)

@@ -76,7 +76,7 @@ class TrainLoop:
             self.engine.seed_dropout(train.seed, state.step)
             metrics = train_step(
                 self.engine,
-                list(self.loader.micro_batches(state.step)),
+                list(self.loader.micro_batches(state.consumed_sequences)),
                 self.runtime,
                 learning_rate=rate,
                 languages=self.data.languages,

@@ -9,6 +9,7 @@ import resource
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -48,18 +49,34 @@ def make_batch(job: Job) -> tuple[Tensor, Tensor]:
     return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
 
+def seconds_waited_for_a_core() -> float:
+    """So far, by the main thread; NaN where the kernel does not say (other than Linux).
+
+    Not by all threads: megatron-core's process groups keep dozens that have next to nothing to do,
+    and each counts as waiting.
+    """
+    try:
+        # nanoseconds on a core, nanoseconds waiting for one, slices
+        return int(Path("/proc/self/schedstat").read_text().split()[1]) / 1e9
+    except (OSError, IndexError):
+        return float("nan")
+
+
 @dataclass
 class StepMeter:
     """Measures steps one by one, and the machine's matmul rate right before and after each.
 
     On a shared machine the wall time of a step says little on its own. The matmul rate around it
     says what the machine could have done at that moment, and CPU-seconds do not count the time in
-    which another process had the core.
+    which another process had the core. How long that was is measured too: the scheduler does not
+    hold up all programs alike.
     """
 
     warmup: int
     wall_seconds: list[float] = field(default_factory=list)
     cpu_seconds: list[float] = field(default_factory=list)
+    # the main thread: ready to run, and no core for it
+    waited_seconds: list[float] = field(default_factory=list)
     matmul_gflops: list[float] = field(default_factory=list)  # the better of before and after
     losses: list[float] = field(default_factory=list)  # of every step, warm-up included
 
@@ -81,12 +98,14 @@ class StepMeter:
 
     def start(self) -> None:
         self._before = self._matmul_rate()
+        self._waited = seconds_waited_for_a_core()
         self._cpu = time.process_time()
         self._wall = time.perf_counter()
 
     def stop(self, loss: float | None = None) -> None:
         wall = time.perf_counter() - self._wall
         cpu = time.process_time() - self._cpu
+        waited = seconds_waited_for_a_core() - self._waited
         after = self._matmul_rate()
         self._seen += 1
         if loss is not None:
@@ -94,6 +113,7 @@ class StepMeter:
         if self._seen > self.warmup:
             self.wall_seconds.append(wall)
             self.cpu_seconds.append(cpu)
+            self.waited_seconds.append(waited)
             self.matmul_gflops.append(max(self._before, after))
 
     def print_result(self, *, parameters: int, version: str) -> None:
@@ -108,6 +128,7 @@ class StepMeter:
             "parameters": parameters,
             "wall_seconds": self.wall_seconds,
             "cpu_seconds": self.cpu_seconds,
+            "waited_seconds": self.waited_seconds,
             "matmul_gflops": self.matmul_gflops,
             "losses": self.losses,
             "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,

@@ -10,7 +10,6 @@ import os
 from collections.abc import Iterator
 
 import torch
-import torch._dynamo  # torch.optim imports it, and it must see torch before the bridge does
 import torch.distributed
 from torch import Tensor
 

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import peer_venvs
 from benchmarks.jobs import JOBS
-from benchmarks.train_step import PEERS, markdown_table, run_peer, summarize
+from benchmarks.train_step import PEERS, is_held_up, markdown_table, run_peer, summarize
 
 SMALL = JOBS["small"]
 
@@ -19,6 +19,7 @@ def run(cpu_seconds: list[float], wall_seconds: list[float], peak_rss_mb: float 
         "parameters": 7_300_000,
         "wall_seconds": wall_seconds,
         "cpu_seconds": cpu_seconds,
+        "waited_seconds": [0.2] * len(wall_seconds),
         "matmul_gflops": [100.0] * len(wall_seconds),
         "losses": [9.0, 8.5],
         "peak_rss_mb": peak_rss_mb,
@@ -44,6 +45,12 @@ def test_summary_of_two_rounds() -> None:
     assert row.peak_rss_mb == 120
 
 
+def test_waiting_for_a_core_is_noticed() -> None:
+    row = summarize(SMALL, "peer", [run([0.5], [1.0])], [])
+    assert is_held_up(row, SMALL)  # 0.2 s of a step of 1 s
+    assert not is_held_up(replace(row, waited_seconds_per_step=0.04), SMALL)
+
+
 def test_without_the_baseline_there_is_no_ratio() -> None:
     row = summarize(SMALL, "peer", [run([0.5], [1.0])], [])
     assert row.ratio_to_plain is None
@@ -55,6 +62,7 @@ def test_plain_loop_runs_and_learns() -> None:
         PEERS["plain"], SMALL, steps=2, warmup=1, venvs=Path("unused"), timeout_seconds=120
     )
     assert "failed" not in result, result
+    assert len(result["waited_seconds"]) == 2
     assert len(result["wall_seconds"]) == len(result["matmul_gflops"]) == 2
     assert result["losses"][-1] < result["losses"][0]
 

@@ -72,12 +72,12 @@ def test_batches_have_the_shapes_and_types_they_say(mixture: LanguageMixture) ->
 
 
 def test_which_samples_a_micro_batch_holds(mixture: LanguageMixture) -> None:
-    """Micro-batch j of rank r of R: samples t G + (j R + r) m and the next m - 1."""
-    step, micro, total, ranks = 7, 2, 12, 3
+    """Micro-batch j of rank r of R: samples c + (j R + r) m and the next m - 1."""
+    consumed, micro, total, ranks = 85, 2, 12, 3
     for rank in range(ranks):
-        batches = loader(mixture, micro, total, rank, ranks).micro_batches(step)
+        batches = loader(mixture, micro, total, rank, ranks).micro_batches(consumed)
         for j, batch in enumerate(batches):
-            first = step * total + (j * ranks + rank) * micro
+            first = consumed + (j * ranks + rank) * micro
             languages, numbers = mixture.locate(np.arange(first, first + micro))
             ids, _ = mixture.read(languages, numbers)
             assert batch.tokens.tolist() == ids[:, :-1].tolist()
@@ -98,13 +98,19 @@ def test_the_set_of_a_step_does_not_depend_on_the_layout(
         assert rows(in_order) == reference
 
 
-def test_a_step_is_a_function_of_its_number(mixture: LanguageMixture) -> None:
+def test_a_step_is_a_function_of_what_was_consumed(mixture: LanguageMixture) -> None:
     first = loader(mixture, 2, 8, 0, 1)
     for step in range(5):
-        list(first.micro_batches(step))
+        list(first.micro_batches(8 * step))
     resumed = loader(mixture, 2, 8, 0, 1)
-    assert rows(list(resumed.micro_batches(5))) == rows(list(first.micro_batches(5)))
-    assert rows(list(resumed.micro_batches(6))) != rows(list(resumed.micro_batches(5)))
+    assert rows(list(resumed.micro_batches(40))) == rows(list(first.micro_batches(40)))
+    assert rows(list(resumed.micro_batches(48))) != rows(list(resumed.micro_batches(40)))
+
+
+def test_a_changed_batch_size_neither_repeats_nor_skips(mixture: LanguageMixture) -> None:
+    small = [batch for c in (40, 44) for batch in loader(mixture, 2, 4, 0, 1).micro_batches(c)]
+    large = list(loader(mixture, 2, 8, 0, 1).micro_batches(40))
+    assert rows(small) == rows(large)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +132,7 @@ def test_divisibility(
 def test_loader_refuses_impossible_ranks_and_steps(mixture: LanguageMixture) -> None:
     with pytest.raises(ValueError, match="data-parallel rank 2 of 2"):
         loader(mixture, 1, 8, 2, 2)
-    with pytest.raises(ValueError, match="step -1"):
+    with pytest.raises(ValueError, match="consumed_sequences=-1"):
         loader(mixture, 1, 8, 0, 2).micro_batches(-1)
 
 

@@ -49,7 +49,7 @@ def torchrun(*roles: str, timeout: float, restarts: int = 0) -> subprocess.Compl
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(len(roles)), "--max-restarts", str(restarts)]
     command += [str(START_RANKS), str(timeout), *roles]
-    return subprocess.run(command, capture_output=True, text=True, timeout=90)
+    return subprocess.run(command, capture_output=True, text=True, timeout=240)
 
 
 def number_of_threads() -> int:
@@ -196,9 +196,9 @@ def test_ranks_missing_at_a_later_stage_are_named_with_their_host(
 @pytest.mark.slow
 def test_under_torchrun_a_missing_rank_is_named_and_the_job_ends() -> None:
     started = time.monotonic()
-    result = torchrun("well", "well", "late:60", timeout=3.0)
+    result = torchrun("well", "well", "late:500", timeout=10.0)
     assert result.returncode != 0
-    assert time.monotonic() - started < 45.0
+    assert time.monotonic() - started < 200.0  # long before rank 2 would have come
     assert 'StartupTimeout: start-up stage "rendezvous": 1 of 3 ranks' in result.stderr
     assert "missing: rank 2: never reached the store at" in result.stderr
 

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from pretrain.tracker import read_metrics
+
 ROOT = Path(__file__).resolve().parents[2]
 TINY = [
     "+experiment=tiny_cpu",
@@ -58,7 +60,7 @@ def run(environment: dict[str, str], processes: int, *settings: str) -> str:
 
 def losses(run_dir: Path) -> dict[int, float]:
     """step -> training loss; every step once."""
-    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").open()]
+    records = read_metrics(run_dir / "metrics.jsonl")
     steps = [record["step"] for record in records if "train/loss" in record]
     assert len(steps) == len(set(steps)), steps
     return {record["step"]: record["train/loss"] for record in records if "train/loss" in record}
@@ -91,7 +93,7 @@ def test_run_writes_what_it_promises(whole: Path) -> None:
     assert (whole / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in (whole / "checkpoints").iterdir()] == ["step_00000008"]
     assert list(losses(whole)) == list(range(1, 9))
-    records = [json.loads(line) for line in (whole / "metrics.jsonl").open()]
+    records = read_metrics(whole / "metrics.jsonl")
     assert {"eval/loss", "eval/family/indic/loss", "eval/language/hi/loss"} <= records[0].keys()
     assert records[0]["step"] == 0 and records[-1]["step"] == 8
     last = next(r for r in reversed(records) if "train/loss" in r)

@@ -138,8 +138,10 @@ def test_torchrun_forwards_sigint_to_its_workers_and_waits_for_them(tmp_path: Pa
     script = tmp_path / "worker.py"
     script.write_text(textwrap.dedent(WORKER).format(root=str(ROOT), wait=UNTIL_REQUESTED))
     agent = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-        + [str(script)],
+        [
+            *[sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"],
+            str(script),
+        ],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
