@@ -89,3 +89,42 @@ def register() -> bool:
     distributed_optimizer.HAVE_APEX_OR_TE = True
     distributed_optimizer.USING_APEX_OPTIMIZER = True
     return True
+
+
+def initialize_state(optimizer: Any) -> None:
+    """Allocate the moments now: a checkpoint taken before the first update must hold them too."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        inner = getattr(part, "optimizer", None)
+        if isinstance(inner, FusedAdam):
+            for group in inner.param_groups:
+                for parameter in group["params"]:
+                    inner.initialize_state(parameter)
+
+
+def register_multi_tensor_kernels() -> None:
+    """Gradient norm and scaling by torch's foreach kernels, where apex's are missing.
+
+    megatron-core's own fallback takes the norm tensor by tensor and waits for the device after
+    each, which on a GPU costs a synchronisation per parameter and step.
+    """
+    import megatron.core.optimizer.clip_grads as clip_grads
+    from megatron.core.utils import local_multi_tensor_l2_norm, local_multi_tensor_scale
+
+    if clip_grads.l2_norm_impl is local_multi_tensor_l2_norm:
+        clip_grads.l2_norm_impl = _foreach_l2_norm
+    if clip_grads.multi_tensor_scale_impl is local_multi_tensor_scale:
+        clip_grads.multi_tensor_scale_impl = _foreach_scale
+
+
+def _foreach_l2_norm(
+    chunk_size: int, noop_flag: Any, tensor_lists: Any, per_tensor: bool, *unused: Any
+) -> tuple[torch.Tensor, None]:
+    norms = torch._foreach_norm(list(tensor_lists[0]))
+    return torch.linalg.vector_norm(torch.stack(norms).float()).view(1), None
+
+
+def _foreach_scale(chunk_size: int, noop_flag: Any, tensor_lists: Any, scale: float) -> None:
+    sources, targets = tensor_lists
+    if any(a is not b for a, b in zip(sources, targets, strict=True)):
+        torch._foreach_copy_(list(targets), list(sources))
+    torch._foreach_mul_(list(targets), scale)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 
 from parallel.megatron import dist_checkpointing
 
@@ -103,6 +104,9 @@ def _on_every_rank(action: Callable[[], Any], what: str) -> None:
     failure: str | None = None
     try:
         action()
+    except CheckpointException as error:  # a BaseException; holds the cause of each rank
+        causes = [cause for cause, _ in error.failures.values()]
+        failure = f"rank {dist.get_rank()}: {causes[0] if causes else error}"
     except Exception as error:
         failure = f"rank {dist.get_rank()}: {type(error).__name__}: {error}"
     failures: list[str | None] = [None] * dist.get_world_size()

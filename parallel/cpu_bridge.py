@@ -22,6 +22,8 @@ from typing import Any
 
 import torch
 
+from parallel.child_process import results_queue
+
 CPU = torch.device("cpu")
 
 # what is replaced -> why. Read by the documentation and by the test that guards each of them.
@@ -36,7 +38,8 @@ SUBSTITUTIONS: dict[str, str] = {
     "moe_utils.te_general_gemm": "upstream leaves the name undefined without Transformer Engine",
     "maybe_move_tensor_to_cpu": "upstream converts split sizes to numpy only `if tensor.is_cuda`",
     "filesystem_async._get_write_results_queue": "upstream spawns a process that imports torch "
-    "anew (seconds); without a CUDA context a forked one is safe",
+    "anew (seconds), dies of the signal that asks for a save, and outlives a killed rank; also "
+    "replaced with CUDA, but for the fork",
     "torch.compile during import": "about 60 functions are compiled at import (5 s), unused here",
     "wandb during import": "imported by an inference module (2 s) that is not used",
 }
@@ -125,9 +128,16 @@ def repair_megatron() -> None:
 
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
+    import megatron.core.dist_checkpointing.strategies.filesystem_async as filesystem_async
+
+    def write_results_queue() -> Any:
+        if filesystem_async._results_queue is None:
+            filesystem_async._results_queue = results_queue("fork" if needed() else "spawn")
+        return filesystem_async._results_queue
+
+    filesystem_async._get_write_results_queue = write_results_queue
     if not needed():
         return
-    import megatron.core.dist_checkpointing.strategies.filesystem_async as filesystem_async
     import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
 
     def split_sizes(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
@@ -135,16 +145,6 @@ def repair_megatron() -> None:
 
     token_dispatcher.maybe_move_tensor_to_cpu = split_sizes
     moe_utils.maybe_move_tensor_to_cpu = split_sizes
-
-    def forked_results_queue() -> Any:
-        import multiprocessing
-
-        if filesystem_async._results_queue is None:
-            manager = multiprocessing.get_context("fork").Manager()
-            filesystem_async._results_queue = manager.Queue()
-        return filesystem_async._results_queue
-
-    filesystem_async._get_write_results_queue = forked_results_queue
 
 
 def _means_cuda(device: Any) -> bool:

@@ -8,6 +8,7 @@ finalisation, clipping and distributed optimizer (ZeRO-1).
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -21,6 +22,7 @@ from parallel.megatron import (
     DistributedDataParallelConfig,
     MegatronModule,
     MegatronOptimizerConfig,
+    clip_grad_by_total_norm_fp32,
     finalize_model_grads,
     get_forward_backward_func,
     get_megatron_optimizer,
@@ -84,6 +86,7 @@ class MegatronEngine:
         runtime: Runtime,
     ) -> None:
         adam.register()
+        adam.register_multi_tensor_kernels()
         self.runtime = runtime
         self.parallel = parallel
         config = chunks[0].config
@@ -115,6 +118,11 @@ class MegatronEngine:
             ),
             list(self.chunks),
         )
+        adam.initialize_state(self.optimizer)
+        for group in self.optimizer.param_groups:
+            # megatron-core leaves this product to a scheduler of its own: without it biases and
+            # norms would decay like everything else
+            group["weight_decay"] = optimizer.weight_decay * group.get("wd_mult", 1.0)
         self._set_schedule_hooks(config)
 
     def _set_schedule_hooks(self, config: Any) -> None:
@@ -181,11 +189,25 @@ class MegatronEngine:
         tensor_parallel.model_parallel_cuda_manual_seed(key)
 
     def step(self, learning_rate: float) -> StepResult:
-        """Clip by the global norm and update, with this learning rate."""
+        """Clip by the global norm and update, with this learning rate.
+
+        The update is skipped, on every rank alike, when the global norm is not finite: one NaN
+        would otherwise reach every weight through the clipping factor (megatron-core's own step
+        checks under fp16 only).
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate * group.get("lr_mult", 1.0)
-        applied, grad_norm, _ = self.optimizer.step()
-        return StepResult(float(grad_norm or 0.0), bool(applied))
+        overflow = self.optimizer.prepare_grads()
+        grad_norm = float(self.optimizer.get_grad_norm())
+        if overflow or not math.isfinite(grad_norm):
+            return StepResult(grad_norm, applied=False)
+        for optimizer in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
+            parameters = optimizer.get_parameters()
+            if parameters and optimizer.config.clip_grad > 0:
+                clip_grad_by_total_norm_fp32(
+                    parameters, max_norm=optimizer.config.clip_grad, total_norm=grad_norm
+                )
+        return StepResult(grad_norm, applied=bool(self.optimizer.step_with_ready_grads()))
 
     def sharded_state_dict(self, *, is_loading: bool = False) -> dict[str, Any]:
         """Weights and optimizer state as megatron-core's sharded tensors, layout-free keys."""

@@ -36,6 +36,7 @@ with cpu_bridge.fast_import(), warnings.catch_warnings():
     )
     from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
     from megatron.core.optimizer import get_megatron_optimizer
+    from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.tensor_parallel.layers import (
@@ -110,6 +111,7 @@ __all__ = [
     "TransformerConfig",
     "VocabParallelEmbedding",
     "build_module",
+    "clip_grad_by_total_norm_fp32",
     "copy_to_tensor_model_parallel_region",
     "destroy_num_microbatches_calculator",
     "dist_checkpointing",

@@ -69,7 +69,7 @@ def test_normal_init_is_gpt2s() -> None:
 
 
 def test_unknown_parameters_are_refused() -> None:
-    with pytest.raises(ValueError, match="no initial scale is known for the parameter 'x.y'"):
+    with pytest.raises(ValueError, match=r"no initial scale is known for the parameter 'x\.y'"):
         weight_scale("x.y", MEDIUM)
 
 
