@@ -40,6 +40,7 @@ SUBSTITUTIONS: dict[str, str] = {
     "filesystem_async._get_write_results_queue": "upstream spawns a process that imports torch "
     "anew (seconds), dies of the signal that asks for a save, and outlives a killed rank; also "
     "replaced with CUDA, but for the fork",
+    "torch.optim.Optimizer": "its methods import torch._dynamo (0.9 s a process) to disable it",
     "torch.compile during import": "about 60 functions are compiled at import (5 s), unused here",
     "wandb during import": "imported by an inference module (2 s) that is not used",
 }
@@ -82,6 +83,7 @@ def install() -> None:
     for owner in (torch.Tensor, torch.nn.Module):
         _wrap_to(owner)
     _pad_uneven_all_gather()
+    _keep_dynamo_out_of_optimizers()
     _installed = True
 
 
@@ -296,6 +298,14 @@ def _wrap_to(owner: type) -> None:
         return original(self, *args, **kwargs)
 
     owner.to = to  # type: ignore[attr-defined]
+
+
+def _keep_dynamo_out_of_optimizers() -> None:
+    """torch.optim imports torch._dynamo at its first call, just to switch it off for that call."""
+    for method in vars(torch.optim.Optimizer).values():
+        inner = getattr(method, "__wrapped__", None)
+        if inner is not None and not hasattr(inner, "__dynamo_disable"):
+            setattr(inner, "__dynamo_disable", inner)
 
 
 def _pad_uneven_all_gather() -> None:

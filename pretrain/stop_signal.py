@@ -32,6 +32,7 @@ from typing import Any
 REPEAT_SECONDS = 1.0
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_END = b"\0"  # no signal has number 0
 
 
 def _print_to_stderr(text: str) -> None:
@@ -103,8 +104,11 @@ class StopSignal:
         for number, handler in self._old_handlers.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._old_wakeup)
-        os.close(self._write_end)  # the watcher reads the end of the pipe and returns
+        # A word of its own ends the watcher: children forked meanwhile hold the pipe open too, so
+        # closing it would not.
+        os.write(self._write_end, _END)
         self._watcher.join(timeout=5)
+        os.close(self._write_end)
 
     def _set_flag(self, number: int, frame: FrameType | None) -> None:
         self._number = self._number or number
@@ -116,6 +120,8 @@ class StopSignal:
             while numbers := os.read(read_end, 64):
                 now = time.monotonic()
                 for number in numbers:
+                    if number == _END[0]:
+                        return
                     if number not in _STOP_SIGNALS:  # some other handler's business
                         continue
                     if first is None:

@@ -153,3 +153,18 @@ def test_torchrun_forwards_sigint_to_its_workers_and_waits_for_them(tmp_path: Pa
     out, err = agent.communicate(timeout=60)
     assert out.count("clean exit after SIGINT") == 2
     assert agent.returncode == 1 and "SignalException" in err
+
+
+def test_leaving_does_not_wait_for_children_that_hold_the_pipe() -> None:
+    """A child forked meanwhile (the checkpoint writer's) has the pipe's write end too."""
+    with StopSignal(announce=None):
+        child = os.fork()
+        if child == 0:
+            time.sleep(30)
+            os._exit(0)
+        started = time.monotonic()
+    try:
+        assert time.monotonic() - started < 2
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
