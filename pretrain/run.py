@@ -7,6 +7,7 @@ things in the same order, because most of them are collective.
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -94,8 +95,8 @@ def run(config: PretrainConfig) -> Outcome:
             ),
         )
         loop.progress.message(runtime.describe())
-        for accelerator in find_accelerators():
-            loop.progress.message(accelerator.describe())
+        for line in accelerator_lines(runtime):
+            loop.progress.message(line)
         finished = False
         try:
             outcome = loop.run(state, stop)
@@ -123,7 +124,7 @@ def prepare_data(config: PretrainConfig, runtime: Runtime) -> Data:
         raise failure
     if failed:
         raise RuntimeError("preparing the data failed on another rank; its message says why")
-    return open_data(config.data, config.data.seq_length or config.model.max_position_embeddings)
+    return open_data(config.data, config.seq_length)
 
 
 def vocab_size(config: PretrainConfig, data: Data) -> int:
@@ -183,14 +184,19 @@ def throughput_meter(config: PretrainConfig, data: Data, runtime: Runtime) -> Th
     )
 
 
+def accelerator_lines(runtime: Runtime) -> list[str]:
+    """What optional packages are here; on a CPU none of them would do anything."""
+    if runtime.device.type == "cpu":
+        return ["optional accelerators (apex, Transformer Engine, ...): none applies on a CPU"]
+    return [accelerator.describe() for accelerator in find_accelerators()]
+
+
 def report(outcome: Outcome, run_dir: Path, config: PretrainConfig) -> None:
     """Losses by family at start and end, a picture of the curves, and what to try next."""
     curves = plot_curves(run_dir / "metrics.jsonl", run_dir / "curves.png")
     if outcome.stopped_by:
         print(f"stopped by {outcome.stopped_by}; the same command goes on from the checkpoint")
         return
-    model = config.model.name
-    steps = config.train.train_steps
     evaluations = [r for r in read_metrics(run_dir / "metrics.jsonl") if "eval/loss" in r]
     print_report(
         evaluations[0],  # of the run's first start, however often it was resumed
@@ -200,15 +206,22 @@ def report(outcome: Outcome, run_dir: Path, config: PretrainConfig) -> None:
             "metrics": run_dir / "metrics.jsonl",
             "record": run_dir / "run.json",
         },
-        next_steps=[
-            f'python -m launch.generate {run_dir} "The page you"',
-            f"torchrun --nproc-per-node 2 launch/pretrain.py +model={model} parallel=tp2 "
-            f"run_dir=runs/tp2",
-            f"python -m launch.pretrain +model={model} run_dir={run_dir} "
-            f"data.seq_length={config.data.seq_length or config.model.max_position_embeddings} "
-            f"train.train_steps={2 * steps}",
-        ],
+        next_steps=next_steps(run_dir, config),
     )
+
+
+def next_steps(run_dir: Path, config: PretrainConfig) -> list[str]:
+    """Three commands that work from here, as this Python would be called."""
+    python = os.path.relpath(sys.executable)
+    python = sys.executable if python.startswith("..") else python
+    model, steps = config.model.name, config.train.train_steps
+    start = f"launch/pretrain.py +model={model} data.seq_length={config.seq_length}"
+    return [
+        f'{python} -m launch.generate {run_dir} "The page you"',
+        f"{python} -m torch.distributed.run --standalone --nproc-per-node 2 {start} parallel=tp2 "
+        f"train.train_steps={steps} run_dir=runs/{model}-tp2",
+        f"{python} {start} train.train_steps={2 * steps} run_dir={run_dir}",
+    ]
 
 
 def asdict_plain(settings: Any) -> dict[str, Any]:

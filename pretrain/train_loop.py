@@ -19,6 +19,9 @@ from pretrain.tracker import Tracker
 from pretrain.train_state import TrainState
 from pretrain.train_step import StepMetrics, train_step
 
+# Updates skipped in a row, because gradients were not finite, before the run gives up.
+MOST_SKIPPED_UPDATES = 10
+
 
 @dataclass
 class Outcome:
@@ -42,6 +45,7 @@ class TrainLoop:
     tracker: Tracker
     meter: ThroughputMeter
     progress: Progress
+    skipped_updates: int = 0  # in a row
 
     def run(self, state: TrainState, stop: StopSignal) -> Outcome:
         """Train from `state` to `train.train_steps`; on a signal finish the step, save, return."""
@@ -92,12 +96,25 @@ class TrainLoop:
             "memory/peak_bytes": peak_memory_bytes(self.runtime.device),
             **self.meter.metrics(),
         }
-        if not metrics.applied:
-            self.progress.message(f"step {state.step}: gradients not finite, update skipped")
+        self._watch_updates(state.step, metrics)
         if state.step % train.log_interval == 0 or state.step == train.train_steps:
             self.tracker.log(state.step, record)
         self.progress.update(state.step, record)
         return metrics
+
+    def _watch_updates(self, step: int, metrics: StepMetrics) -> None:
+        if metrics.applied:
+            self.skipped_updates = 0
+            return
+        self.skipped_updates += 1
+        self.progress.message(f"step {step}: gradients are not finite, update skipped")
+        if self.skipped_updates >= MOST_SKIPPED_UPDATES:
+            raise RuntimeError(
+                f"{self.skipped_updates} updates in a row had gradients that are not finite, up to "
+                f"step {step} (loss {metrics.losses.mean()}); the weights are those before them. "
+                f"Lower optimizer.lr={self.config.optimizer.lr} or raise schedule.lr_warmup_steps="
+                f"{self.config.schedule.lr_warmup_steps}, and start from an earlier checkpoint"
+            )
 
     def _evaluation_due(self, step: int) -> bool:
         interval = self.config.train.eval_interval

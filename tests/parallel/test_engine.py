@@ -163,3 +163,23 @@ def evaluation_leaves_no_trace() -> bool:
 
 def test_evaluation_is_the_training_loss_without_gradients() -> None:
     assert run_on_gloo(2, evaluation_leaves_no_trace) == [True, True]
+
+
+def test_gradient_norm_is_exact_for_large_tensors() -> None:
+    """A million elements of very different sizes, where torch's own fp32 norm is off by 3e-6."""
+    torch.manual_seed(0)
+    large = torch.randn(8192, 128) * torch.linspace(0, 1, 8192)[:, None] ** 8
+    small = torch.randn(7).bfloat16()
+    expected = (large.double().square().sum() + small.double().square().sum()).sqrt()
+    found, _ = adam._l2_norm(0, None, [[large, small]], False)
+    assert found.shape == (1,)
+    assert float(found) == pytest.approx(float(expected), rel=3e-7)
+
+
+def test_scaling_copies_only_where_it_must() -> None:
+    source, target = [torch.ones(3), torch.full((2,), 2.0)], [torch.zeros(3), torch.zeros(2)]
+    adam._foreach_scale(0, None, [source, target], 0.5)
+    assert [t.tolist() for t in target] == [[0.5] * 3, [1.0] * 2]
+    assert [t.tolist() for t in source] == [[1.0] * 3, [2.0] * 2]
+    adam._foreach_scale(0, None, [source, source], 0.5)
+    assert [t.tolist() for t in source] == [[0.5] * 3, [1.0] * 2]
