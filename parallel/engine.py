@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 
 from parallel import adam
+from parallel.collectives import skip_collectives_of_one_rank
 from parallel.config import OptimizerConfig, ParallelConfig
 from parallel.megatron import (
     DistributedDataParallel,
@@ -87,6 +88,7 @@ class MegatronEngine:
     ) -> None:
         adam.register()
         adam.register_multi_tensor_kernels()
+        skip_collectives_of_one_rank()
         self.runtime = runtime
         self.parallel = parallel
         config = chunks[0].config

@@ -1,4 +1,4 @@
-"""On one CUDA device (`pytest -m gpu`): the numbers of the CPU path, on NCCL and without the bridge.
+"""On one CUDA device (`pytest -m gpu`): the CPU path's numbers, on NCCL and without the bridge.
 
 Each test runs in this process, as a world of one.
 """
@@ -85,7 +85,7 @@ def train(runtime, precision: str) -> list[float]:
 
 
 # the losses of the same four steps on a CPU, fp32
-CPU_LOSSES = [0.0, 0.0, 0.0, 0.0]
+CPU_LOSSES = [5.26126, 5.16788, 5.1315, 5.29439]
 
 
 @pytest.mark.parametrize(("precision", "bound"), [("fp32", 1e-3), ("bf16", 3e-2)])

@@ -183,3 +183,32 @@ def test_scaling_copies_only_where_it_must() -> None:
     assert [t.tolist() for t in source] == [[1.0] * 3, [2.0] * 2]
     adam._foreach_scale(0, None, [source, source], 0.5)
     assert [t.tolist() for t in source] == [[0.5] * 3, [1.0] * 2]
+
+
+def buffers_alone() -> list[int]:
+    """Calls of torch's collectives made by gradient and parameter buffers of one rank."""
+    import megatron.core.distributed.param_and_grad_buffer as buffers
+
+    calls: list[int] = []
+    runtime = initialize(ParallelConfig(), 1)
+    chunks = build_model(MODEL, ParallelConfig(), runtime, vocab_size=VOCAB, seed=7)
+    engine = MegatronEngine(chunks, ParallelConfig(), OptimizerConfig(), runtime)
+    assert buffers.dist_reduce_scatter_func.skips_one_rank
+    output = torch.zeros(4)
+    assert buffers.dist_all_gather_func(output, output, group=runtime.groups.dp) is None
+    buffers.dist_all_gather_func(output, torch.ones(4), group=runtime.groups.dp)
+    calls.append(int(output.sum()))  # another tensor is copied all the same
+    before = [parameter.detach().clone() for parameter in chunks[0].parameters()]
+    forward = partial(forward_step, device=runtime.device)
+    engine.forward_backward(
+        micro_batches(0, 1, 0, 1), forward, seq_length=SEQ_LENGTH, micro_batch_size=1
+    )
+    engine.step(1e-3)
+    moved = [not torch.equal(a, b) for a, b in zip(before, chunks[0].parameters(), strict=True)]
+    calls.append(sum(moved) - len(moved))
+    shutdown(runtime)
+    return calls
+
+
+def test_one_rank_does_not_copy_its_buffers_onto_themselves() -> None:
+    assert run_on_gloo(1, buffers_alone) == [[4, 0]]
