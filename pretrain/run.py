@@ -54,11 +54,11 @@ def run(config: PretrainConfig) -> Outcome:
         )
         engine = MegatronEngine(chunks, config.parallel, config.optimizer, runtime)
 
-        record_run(config, data, runtime, run_dir)
         checkpoints = Checkpoints(
             run_dir / "checkpoints", config.checkpoint, identity(config, data)
         )
-        state = checkpoints.resume(engine)
+        state = checkpoints.resume(engine)  # reads only: a refused resume leaves no trace
+        record_run(config, data, runtime, run_dir, resumed_step=state.step)
         tracker = make_tracker(
             config.wandb,
             run_dir,
@@ -147,7 +147,9 @@ def identity(config: PretrainConfig, data: Data) -> dict[str, Any]:
     return {"model": model, "data": data.mixture.fingerprint()}
 
 
-def record_run(config: PretrainConfig, data: Data, runtime: Runtime, run_dir: Path) -> None:
+def record_run(
+    config: PretrainConfig, data: Data, runtime: Runtime, run_dir: Path, resumed_step: int
+) -> None:
     """The first thing a run writes: what it is made of."""
     if runtime.rank != 0:
         return
@@ -162,7 +164,7 @@ def record_run(config: PretrainConfig, data: Data, runtime: Runtime, run_dir: Pa
         run_dir,
         OmegaConf.to_yaml(OmegaConf.structured(config)),
         data.mixture.fingerprint(),
-        extra={"layout": layout},
+        extra={"layout": layout, "resumed_step": resumed_step},
     )
 
 

@@ -14,8 +14,9 @@ from parallel.runtime import initialize, shutdown
 from pretrain.checkpoint import Checkpoints, check_identity
 from pretrain.config import CheckpointConfig, Resume
 from pretrain.train_state import TrainState
+from pretrain.train_step import train_step
 from tests.distributed import run_on_gloo
-from tests.parity import MODEL, VOCAB
+from tests.parity import LANGUAGES, MODEL, OPTIMIZER, VOCAB, micro_batches
 
 IDENTITY = {"model": {"hidden_size": 32}, "data": {"seed": 1}}
 
@@ -107,3 +108,60 @@ def test_another_models_checkpoint_is_refused_setting_by_setting() -> None:
     assert "data.seed: 1 saved, 2 now" in str(caught.value)
     assert "num_layers" not in str(caught.value)
     check_identity(saved, {**saved, "data": {}}, Path("c"), ("model",))
+
+
+def train_on(folder: Path, parallel: ParallelConfig, last_step: int, save: bool) -> list[float]:
+    """Resume from `folder` if it has anything, train up to `last_step`; losses and norms."""
+    runtime = initialize(parallel, 1)
+    chunks = build_model(MODEL, parallel, runtime, vocab_size=VOCAB, seed=7)
+    machine = MegatronEngine(chunks, parallel, OPTIMIZER, runtime)
+    checkpoints = Checkpoints(folder, CheckpointConfig(), IDENTITY)
+    state = checkpoints.resume(machine)
+    out = []
+    while state.step < last_step:
+        metrics = train_step(
+            machine,
+            micro_batches(state.step, 1, runtime.data_parallel_rank, runtime.data_parallel_size),
+            runtime,
+            learning_rate=1e-2,
+            languages=LANGUAGES,
+            stop_requested=False,
+        )
+        state.advance(8, metrics.losses.valid_tokens())
+        out += [metrics.losses.mean(), metrics.grad_norm]
+    if save:
+        checkpoints.save(machine, state)
+    shutdown(runtime)
+    return out
+
+
+def layout(tp: int = 1, pp: int = 1, vpp: int = 1, sp: bool = False) -> ParallelConfig:
+    return ParallelConfig(
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        virtual_pipeline_model_parallel_size=vpp,
+        sequence_parallel=sp,
+    )
+
+
+@pytest.mark.parametrize(
+    ("before", "ranks_before", "after", "ranks_after"),
+    [
+        (layout(), 1, layout(tp=2, pp=2, sp=True), 4),
+        (layout(tp=2, pp=2, sp=True), 4, layout(), 2),
+        (layout(), 2, layout(pp=2, vpp=2), 2),
+        (layout(pp=2, vpp=2), 2, layout(tp=2, sp=True), 4),
+    ],
+)
+def test_a_checkpoint_goes_on_under_another_layout(
+    tmp_path: Path,
+    before: ParallelConfig,
+    ranks_before: int,
+    after: ParallelConfig,
+    ranks_after: int,
+) -> None:
+    """Weights, moments, and the step count in Adam's bias correction come along."""
+    uninterrupted = run_on_gloo(1, train_on, tmp_path / "none", layout(), 4, False)[0]
+    first = run_on_gloo(ranks_before, train_on, tmp_path / "run", before, 2, True)[0]
+    second = run_on_gloo(ranks_after, train_on, tmp_path / "run", after, 4, False)[0]
+    assert first + second == pytest.approx(uninterrupted, abs=1e-5)

@@ -221,7 +221,7 @@ REFUSED = {
 def test_bad_input_is_one_clear_error(environment: dict[str, str], whole: Path, case: str) -> None:
     """On two ranks: no hang, no traceback, exit code not 0, and the run folder untouched."""
     settings, expected = REFUSED[case]
-    before = sorted((p, p.stat().st_mtime_ns) for p in (whole / "checkpoints").rglob("*"))
+    before = sorted((p, p.stat().st_mtime_ns) for p in whole.rglob("*"))
     done = subprocess.run(
         command(2, "parallel=tp2", f"run_dir={whole}", *settings),
         cwd=ROOT,
@@ -234,4 +234,4 @@ def test_bad_input_is_one_clear_error(environment: dict[str, str], whole: Path, 
     assert expected in done.stderr, done.stderr[-3000:]
     ours = done.stderr.split("torch/distributed/elastic")[0]
     assert "Traceback" not in ours, done.stderr[-5000:]
-    assert before == sorted((p, p.stat().st_mtime_ns) for p in (whole / "checkpoints").rglob("*"))
+    assert before == sorted((p, p.stat().st_mtime_ns) for p in whole.rglob("*"))
