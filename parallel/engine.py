@@ -104,6 +104,7 @@ class MegatronEngine:
             DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=index > 0)
             for index, chunk in enumerate(chunks)
         ]
+        _count_padding_between_buckets(self.chunks)
         self.optimizer = get_megatron_optimizer(
             MegatronOptimizerConfig(
                 optimizer="adam",
@@ -231,6 +232,22 @@ class MegatronEngine:
             chunk.module.load_state_dict(state[f"model{index}"], strict=True)
         with torch.no_grad():  # fp32 master weights may be views of parameters
             self.optimizer.load_state_dict(state["optimizer"])
+
+
+def _count_padding_between_buckets(chunks: Sequence[Any]) -> None:
+    """Keep megatron-core 0.16.1 from corrupting optimizer checkpoints of several buckets.
+
+    Its "fully_reshardable" format joins the buckets of a gradient buffer without their padding and
+    then cuts parameters out of the result at offsets that count it. Whatever lies behind a padded
+    bucket is written shifted: a tied embedding under pipeline parallelism has a bucket of its own,
+    and overlapped gradient reduction makes many. Buckets that call their padding content keep both
+    countings the same; what is stored is parameters, so the padding does not reach the file.
+    """
+    for chunk in chunks:
+        for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]:
+            buffer.numel_unpadded = buffer.numel
+            for bucket in buffer.buckets:
+                bucket.numel_unpadded = bucket.grad_data.numel()
 
 
 def checkpoint_metadata() -> dict[str, Any]:

@@ -150,6 +150,8 @@ def layout(tp: int = 1, pp: int = 1, vpp: int = 1, sp: bool = False) -> Parallel
         (layout(), 1, layout(tp=2, pp=2, sp=True), 4),
         (layout(tp=2, pp=2, sp=True), 4, layout(), 2),
         (layout(), 2, layout(pp=2, vpp=2), 2),
+        # a tied embedding under PP has a gradient bucket of its own, padded in the middle
+        (layout(pp=2, vpp=2), 2, layout(pp=2, vpp=2), 2),
         (layout(pp=2, vpp=2), 2, layout(tp=2, sp=True), 4),
     ],
 )
