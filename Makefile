@@ -23,7 +23,7 @@ PIP := $(RUN) -m pip --disable-pip-version-check install --quiet -c constraints.
 
 help:
 	@echo 'make demo      train a small multilingual model on $(NPROC) CPU ranks and report'
-	@echo '               (make demo NPROC=1 ARGS="train.train_steps=50" for less)'
+	@echo '               (make demo NPROC=1 ARGS="train.train_steps=20" for less)'
 	@echo 'make test      the tests, but for the slow ones and those that need a GPU'
 	@echo 'make test-all  also the slow ones'
 	@echo 'make test-gpu  the ones that need a GPU'

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from models.config import Activation, InitMethod, LayerNormPlacement, ModelConfig
 from models.magneto import initial_gain
-from parallel.megatron import MegatronModule, get_transformer_layer_offset
+from parallel.megatron import MegatronModule, get_transformer_layer_offset, parallel_state
 
 # Elements evaluated at once, which bounds the temporary memory: what stays in a CPU core's cache
 # (25 ns an element, against 47 with blocks of a million), what keeps a GPU busy (0.6 GB).
@@ -171,7 +171,7 @@ def _fill(parameter: torch.nn.Parameter, name: str, model: ModelConfig, seed: in
     if pattern is None:
         parameter.zero_()
         return
-    rows = _global_rows(parameter)
+    rows = _global_index(parameter, 0)
     columns = _global_columns(parameter)
     local = parameter.data if parameter.dim() == 2 else parameter.data[:, None]
     full_columns = columns.numel() if parameter.dim() == 1 else _full_size(parameter, 1)
@@ -199,8 +199,6 @@ def _tensor_parallel(parameter: torch.nn.Parameter, dim: int) -> tuple[int, int,
     sharded = getattr(parameter, "tensor_model_parallel", False)
     if not sharded or parameter.partition_dim != dim:  # type: ignore[attr-defined]
         return 1, 0, 1
-    from parallel.megatron import parallel_state
-
     return (
         parallel_state.get_tensor_model_parallel_world_size(),
         parallel_state.get_tensor_model_parallel_rank(),
@@ -220,10 +218,6 @@ def _global_index(parameter: torch.nn.Parameter, dim: int) -> Tensor:
     size, rank, stride = _tensor_parallel(parameter, dim)
     full = torch.arange(_full_size(parameter, dim), device=parameter.device)
     return torch.cat(full.chunk(size * stride)[rank::size])
-
-
-def _global_rows(parameter: torch.nn.Parameter) -> Tensor:
-    return _global_index(parameter, 0)
 
 
 def _global_columns(parameter: torch.nn.Parameter) -> Tensor:

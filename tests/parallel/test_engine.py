@@ -212,3 +212,32 @@ def buffers_alone() -> list[int]:
 
 def test_one_rank_does_not_copy_its_buffers_onto_themselves() -> None:
     assert run_on_gloo(1, buffers_alone) == [[4, 0]]
+
+
+def gradient_against_its_definition() -> float:
+    """Largest relative difference from d(Σ loss over valid tokens / their number), by hand."""
+    runtime = initialize(ParallelConfig(), 1)
+    parallel = ParallelConfig(use_distributed_optimizer=False)
+    chunks = build_model(MODEL, parallel, runtime, vocab_size=VOCAB, seed=7)
+    plain = build_model(MODEL, parallel, runtime, vocab_size=VOCAB, seed=7)[0]
+    engine = MegatronEngine(chunks, parallel, OptimizerConfig(), runtime)
+    batches = micro_batches(0, 2, 0, 1)
+    forward = partial(forward_step, device=runtime.device)
+    engine.forward_backward(batches, forward, seq_length=SEQ_LENGTH, micro_batch_size=2)
+    for parameter in plain.parameters():  # the fused weight gradients go here
+        parameter.main_grad = torch.zeros_like(parameter)
+    for batch in batches:
+        plain(batch.tokens, batch.labels, batch.loss_mask).loss_sum.backward()
+    valid = sum(float(batch.loss_mask.sum()) for batch in batches)
+    assert valid < GLOBAL_BATCH * SEQ_LENGTH  # some tokens are masked, or this shows nothing
+    worst = 0.0
+    for ours, parameter in zip(chunks[0].parameters(), plain.parameters(), strict=True):
+        rest = 0 if parameter.grad is None else parameter.grad
+        expected = (parameter.main_grad + rest) / valid
+        worst = max(worst, float((ours.main_grad - expected).abs().max() / expected.abs().max()))
+    shutdown(runtime)
+    return worst
+
+
+def test_gradients_are_divided_by_the_number_of_valid_tokens() -> None:
+    assert run_on_gloo(1, gradient_against_its_definition)[0] < 2e-6
