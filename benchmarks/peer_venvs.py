@@ -8,6 +8,7 @@ and no peer replaces it by another build.
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +38,12 @@ TORCHSCALE = Environment(
 TRANSFORMERS = Environment("transformers", ("transformers==5.23.0", "accelerate", "numpy"))
 # torchtitan's wheel imports triton at module level, also where nothing is compiled
 TORCHTITAN = Environment("torchtitan", ("torchtitan==0.3.0", "triton", "tokenizers", "numpy"))
+# the loaders of benchmarks/data.py
+STREAMING = Environment("mosaicml-streaming", ("mosaicml-streaming==0.13.0", "numpy"))
+LITDATA = Environment("litdata", ("litdata==0.2.76", "numpy"))
+DATASETS = Environment("datasets", ("datasets==5.2.0", "numpy"))
+TORCHDATA = Environment("torchdata", ("torchdata==0.11.0", "numpy"))
+DATATROVE = Environment("datatrove", ("datatrove==0.10.0", "numpy"))
 # the frameworks that live in the project's own environment
 OWN = Environment("own")
 
@@ -103,3 +110,22 @@ def install(environment: Environment, root: Path, timeout_seconds: float) -> Non
     # arrives through litdata and the like, and breaks whatever asks whether it is installed
     call(*pip, "uninstall", "--yes", "torchvision")
     (folder / STAMP).write_text(_wanted(environment))
+
+
+def install_all(
+    environments: Iterable[Environment], root: Path, timeout_seconds: float
+) -> dict[str, str]:
+    """Makes every environment that is missing; environment name -> reason where it failed."""
+    failures: dict[str, str] = {}
+    for environment in dict.fromkeys(environments):
+        if is_ready(environment, root):
+            continue
+        print(f"installing {environment.name} into {root / environment.name}", file=sys.stderr)
+        try:
+            install(environment, root, timeout_seconds)
+        except subprocess.TimeoutExpired:
+            failures[environment.name] = f"not installed in {timeout_seconds:.0f} s"
+        except subprocess.CalledProcessError as error:
+            last_line = (error.output or "").strip().splitlines()[-1:] or [str(error)]
+            failures[environment.name] = f"pip: {last_line[0]}"
+    return failures

@@ -2,30 +2,39 @@
 
     python -m benchmarks.train_step --job small --rounds 3 --steps 6
 
-Every framework runs in its own process and its own virtual environment, in turns A B C, A B C, ...:
-on a shared machine a slow minute then falls on all of them. Each step is compared with an fp32
-matmul timed right before and after it in the same process. Prints a table; writes the figures of
-every single step as JSON, and the table as Markdown beside it. docs/benchmarks.md: how to read it.
+Every framework runs in its own process and its own virtual environment, and beside each runs the
+plain loop: one step of the framework, one of the plain loop, and so on, never both at once. On a
+shared machine the speed changes by a third within a minute, but neighbouring steps share it, so
+their ratio is what to quote. Each step is also compared with an fp32 matmul timed right before and
+after it in the same process. Prints a table; writes the figures of every single step as JSON, and
+the table as Markdown beside it. docs/benchmarks.md: how to read it.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import platform
 import socket
 import subprocess
 import sys
+import tempfile
+import threading
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
+from typing import IO
 
 from benchmarks import peer_venvs
 from benchmarks.jobs import JOBS, Job
 from benchmarks.peer_venvs import Environment
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-RESULT_MARK = "BENCHMARK_RESULT "  # as in peers/measure.py, which imports torch
+# as in peers/measure.py, which imports torch
+RESULT_MARK = "BENCHMARK_RESULT "
+READY_MARK = "BENCHMARK_READY"
+TURNS_VARIABLE = "BENCHMARK_TURNS"
 BASELINE = "plain"
 INSTALL_TIMEOUT_SECONDS = 900.0
 
@@ -79,56 +88,114 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def run_peer(
-    peer: Peer, job: Job, *, steps: int, warmup: int, venvs: Path, timeout_seconds: float
-) -> dict:
-    """One process, one result as StepMeter.print_result writes it; {"failed": reason} otherwise."""
-    command = [
-        str(peer_venvs.python_of(peer.environment, venvs)),
-        *("-W", "ignore", "-m", f"benchmarks.peers.{peer.module}"),
-        *("--job", job.name, "--steps", str(steps), "--warmup", str(warmup)),
-        *("--variant", peer.variant),
-    ]
-    environment = os.environ | {
-        "OMP_NUM_THREADS": str(job.threads),
-        "MKL_NUM_THREADS": str(job.threads),
-        # what torchrun would set; the peers that need no process group take no notice
-        "RANK": "0",
-        "LOCAL_RANK": "0",
-        "WORLD_SIZE": "1",
-        "LOCAL_WORLD_SIZE": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-    }
-    try:
-        done = subprocess.run(
+class PeerProcess:
+    """A peer's process, which waits before every step until it is told to take it."""
+
+    def __init__(self, peer: Peer, job: Job, *, steps: int, warmup: int, venvs: Path) -> None:
+        command = [
+            str(peer_venvs.python_of(peer.environment, venvs)),
+            *("-W", "ignore", "-m", f"benchmarks.peers.{peer.module}"),
+            *("--job", job.name, "--steps", str(steps), "--warmup", str(warmup)),
+            *("--variant", peer.variant),
+        ]
+        environment = os.environ | {
+            TURNS_VARIABLE: "1",
+            "OMP_NUM_THREADS": str(job.threads),
+            "MKL_NUM_THREADS": str(job.threads),
+            # what torchrun would set; the peers that need no process group take no notice
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "1",
+            "LOCAL_WORLD_SIZE": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+        }
+        self._stderr: IO[str] = tempfile.TemporaryFile("w+")  # noqa: SIM115, closed in stop()
+        self._process = subprocess.Popen(
             command,
             cwd=REPOSITORY,
             env=environment,
-            capture_output=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._stderr,
             text=True,
-            timeout=timeout_seconds,
         )
-    except subprocess.TimeoutExpired:
-        return {"failed": f"no result within {timeout_seconds:.0f} s"}
-    for line in done.stdout.splitlines():
-        if line.startswith(RESULT_MARK):
-            return json.loads(line.removeprefix(RESULT_MARK))
-    last_lines = done.stderr.strip().splitlines()[-1:] or ["no output"]
-    return {"failed": f"exit status {done.returncode}: {last_lines[0]}", "stderr": done.stderr}
+        self.result: dict | None = None
+
+    def wait_until_ready(self) -> bool:
+        """Until the next step could begin; False if there is none, and `result` is set."""
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith(READY_MARK):
+                return True
+            if line.startswith(RESULT_MARK):
+                self.result = json.loads(line.removeprefix(RESULT_MARK))
+                return False
+        return False
+
+    def take_step(self) -> bool:
+        """One step, to its end; as `wait_until_ready`."""
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write("\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            return False
+        return self.wait_until_ready()
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def stop(self, limit: str) -> dict:
+        """The line StepMeter.print_result wrote, or {"failed": reason, "stderr": ...}."""
+        if self.result is None and self._process.poll() is None:
+            self.kill()
+        status = self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()
+        self._stderr.seek(0)
+        stderr = self._stderr.read()
+        self._stderr.close()
+        if self.result is not None:
+            return self.result
+        last_lines = stderr.strip().splitlines()[-1:] or [f"no output, or no result within {limit}"]
+        return {"failed": f"exit status {status}: {last_lines[0]}", "stderr": stderr}
 
 
-def summarize(job: Job, name: str, runs: list[dict], baseline_runs: list[dict]) -> Row:
-    """Puts one peer's rounds together. `runs` and `baseline_runs` hold at least one and any number.
+def run_in_turns(
+    peers: list[Peer], job: Job, *, steps: int, warmup: int, venvs: Path, timeout_seconds: float
+) -> list[dict]:
+    """The results of `peers`, each in its process, taking a step each in turns.
 
-    The ratio is taken round by round, then its median: neighbours in time share the machine's mood.
+    Two peers of the large job hold up to 6 GB together.
+    """
+    processes = [PeerProcess(p, job, steps=steps, warmup=warmup, venvs=venvs) for p in peers]
+    watchdog = threading.Timer(timeout_seconds, lambda: [p.kill() for p in processes])
+    watchdog.start()
+    try:
+        running = [process for process in processes if process.wait_until_ready()]
+        while running:
+            running = [process for process in running if process.take_step()]
+    finally:
+        watchdog.cancel()
+        results = [process.stop(f"{timeout_seconds:.0f} s") for process in processes]
+    return results
+
+
+def summarize(job: Job, name: str, runs: list[dict], beside: list[dict]) -> Row:
+    """Puts one peer's rounds together; `beside` are the plain loop's runs beside them, or empty.
+
+    The ratio is taken step by step, then its median: neighbours in time share the machine's mood.
     """
     wall = [seconds for run in runs for seconds in run["wall_seconds"]]
     matmul = [rate for run in runs for rate in run["matmul_gflops"]]
     gflop_per_step = job.flops_per_token() * job.tokens_per_step / 1e9
     ratios = [
-        median(base["cpu_seconds"]) / median(run["cpu_seconds"])
-        for run, base in zip(runs, baseline_runs, strict=False)
+        theirs / ours
+        for run, base in zip(runs, beside, strict=False)
+        for ours, theirs in zip(run["cpu_seconds"], base["cpu_seconds"], strict=True)
     ]
     losses = runs[0]["losses"]
     return Row(
@@ -261,12 +328,16 @@ def main() -> int:
         for peer in peers
         if peer.environment.name in not_installed
     }
+    # of the plain loop beside each peer; its own row is made of all of them
+    beside: dict[str, list[dict]] = {peer.name: [] for peer in peers}
+    baseline = PEERS[BASELINE]
+    alone = given.peers == [BASELINE]
     for round_number in range(1, given.rounds + 1):
         for peer in peers:
-            if peer.name in failures:
+            if peer.name in failures or (peer is baseline and not alone):
                 continue
-            result = run_peer(
-                peer,
+            result, *plain = run_in_turns(
+                [peer] if peer is baseline else [peer, baseline],
                 job,
                 steps=given.steps,
                 warmup=given.warmup,
@@ -274,18 +345,23 @@ def main() -> int:
                 timeout_seconds=given.timeout,
             )
             where = f"round {round_number}/{given.rounds} {peer.name}"
+            result = next((r for r in (result, *plain) if "failed" in r), result)
             if "failed" in result:
                 failures[peer.name] = result["failed"]
                 runs[peer.name].clear()
+                beside[peer.name].clear()
                 print(f"{where}: FAILED\n{result.get('stderr', result['failed'])}", file=sys.stderr)
                 continue
             runs[peer.name].append(result)
+            beside[peer.name] += plain
             rate = job.tokens_per_step / median(result["wall_seconds"])
             cpu = median(result["cpu_seconds"])
-            print(f"{where}: {rate:.0f} tok/s, {cpu:.2f} CPU-s/step", file=sys.stderr)
+            against = f", plain {median(plain[0]['cpu_seconds']):.2f}" if plain else ""
+            print(f"{where}: {rate:.0f} tok/s, {cpu:.2f} CPU-s/step{against}", file=sys.stderr)
 
-    baseline = runs.get(BASELINE, [])
-    rows = [summarize(job, name, done, baseline) for name, done in runs.items() if done]
+    if BASELINE in runs and not alone:
+        runs[BASELINE] = beside[BASELINE] = [run for done in beside.values() for run in done]
+    rows = [summarize(job, name, done, beside[name]) for name, done in runs.items() if done]
     machine = f"{cpu_name()}, {os.cpu_count()} CPUs, {started}"
     machine += f", {given.rounds} rounds x {given.steps} steps"
     text = "\n\n".join([describe_job(job), machine, markdown_table(rows)])

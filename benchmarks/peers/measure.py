@@ -5,7 +5,9 @@ Imports torch and the standard library only; runs under each peer's own interpre
 
 import argparse
 import json
+import os
 import resource
+import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -17,6 +19,8 @@ from torch import Tensor
 from benchmarks.jobs import ADAM_BETAS, CLIP_GRAD, JOBS, LEARNING_RATE, WEIGHT_DECAY, Job
 
 RESULT_MARK = "BENCHMARK_RESULT "  # what stands before the one line of JSON on stdout
+READY_MARK = "BENCHMARK_READY"  # printed before a step, which then waits for a line on stdin
+TURNS_VARIABLE = "BENCHMARK_TURNS"  # set by train_step.py, where it runs two peers step by step
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,10 @@ class StepMeter:
         return 2 * 1024**3 / best / 1e9
 
     def start(self) -> None:
+        if TURNS_VARIABLE in os.environ:
+            print(READY_MARK, flush=True)
+            if not sys.stdin.readline():
+                sys.exit("train_step.py has gone")
         self._before = self._matmul_rate()
         self._waited = seconds_waited_for_a_core()
         self._cpu = time.process_time()
