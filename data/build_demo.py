@@ -11,20 +11,14 @@ the text names the version in use.
 
 import argparse
 import gzip
-import hashlib
-import html
-import io
 import json
 import re
-import struct
 import subprocess
-import tarfile
 import tempfile
-import unicodedata
-from collections.abc import Iterator
-from itertools import pairwise
 from pathlib import Path
 
+from data.corpora import chromium
+from data.corpora.packages import package_files, sha256_of
 from data.language_families import LANGUAGES, family_of
 from data.tokenizer import train_tokenizer
 
@@ -66,48 +60,10 @@ def download(folder: Path) -> Path:
     return found[0]
 
 
-def package_files(deb: Path) -> Iterator[tuple[str, bytes]]:
-    """(name, content) of every regular file; a .deb is an ar archive that holds a data.tar.*."""
-    content = deb.read_bytes()
-    if not content.startswith(b"!<arch>\n"):
-        raise ValueError(f"{deb}: not a Debian package")
-    at = 8
-    while at < len(content):
-        name, size = content[at : at + 16].decode().strip(), int(content[at + 48 : at + 58])
-        if name.startswith("data.tar"):
-            data = io.BytesIO(content[at + 60 : at + 60 + size])
-            with tarfile.open(fileobj=data, mode="r|*") as archive:
-                for member in archive:
-                    file = archive.extractfile(member) if member.isfile() else None
-                    if file:
-                        yield member.name.removeprefix("./"), file.read()
-            return
-        at += 60 + size + size % 2
-    raise ValueError(f"{deb}: no data.tar in it")
-
-
 def read_pak(content: bytes) -> dict[int, str]:
-    """Strings by resource id from a Chromium .pak file, version 5, UTF-8."""
-    version, encoding, resources, aliases = struct.unpack_from("<IB3xHH", content, 0)
-    if (version, encoding) != (5, 1):
-        raise ValueError(f"expected a .pak of version 5 in UTF-8 (1), got {version} and {encoding}")
-    # the table has one entry more than there are resources: each ends where the next begins
-    table = [struct.unpack_from("<HI", content, 12 + 6 * i) for i in range(resources + 1)]
-    raw = {resource: content[start:end] for (resource, start), (_, end) in pairwise(table)}
-    for i in range(aliases):
-        resource, index = struct.unpack_from("<HH", content, 12 + 6 * (resources + 1) + 4 * i)
-        raw[resource] = raw[table[index][0]]
-    return {resource: clean(text.decode("utf-8", "replace")) for resource, text in raw.items()}
-
-
-def clean(text: str) -> str:
-    """One line of plain NFC text: without tags, accelerators, entities or direction marks."""
-    text = re.sub(r"\(&(?:amp;)?[A-Z]\)", "", text)  # "(&F)": accelerators of CJK menus
-    text = re.sub(r"&(?=\w)(?!\w+;)", "", text)
-    text = re.sub(r"<(?:br|p|li|div)\b[^>]*>", " ", text)
-    text = html.unescape(re.sub(r"<[^>]+>", "", text))
-    text = re.sub("[\u200e\u200f]", "", text)
-    return unicodedata.normalize("NFC", re.sub(r"\s+", " ", text)).strip()
+    """Strings by resource id from a Chromium .pak file, cleaned."""
+    strings = chromium.read_pak(content)
+    return {i: chromium.clean(text.decode("utf-8", "replace")) for i, text in strings.items()}
 
 
 def is_prose(english: str) -> bool:
@@ -138,16 +94,16 @@ def select_sentences(
     """
     usable, seen = [], set()
     for line in resource_info.splitlines():
-        _, resource, source = line.split(",", 2)
-        english = strings["en"].get(int(resource), "")
+        _, resource, source = chromium.source_file(line)
+        english = strings["en"].get(resource, "")
         if not english or english in seen or not is_prose(english):
             continue
         if all(
-            is_translated(language, strings[language].get(int(resource), ""), english)
+            is_translated(language, strings[language].get(resource, ""), english)
             for language in LOCALES
         ):
             seen.add(english)
-            usable.append((re.sub(r"^[./]*|\.grdp?$", "", source), int(resource)))
+            usable.append((source, resource))
     usable.sort(key=lambda item: item[0])  # stable: neighbours in one source file stay neighbours
     runs = [
         usable[i : i + SENTENCES_PER_DOCUMENT]
@@ -238,7 +194,7 @@ same `doc_id` are translations of each other. English is British, Portuguese Eur
 - `LICENSE.chromium`: the licence of the text, BSD-3-Clause, not of the code around it
 
 Made by `python -m data.build_demo` from the Debian package `{deb.name}`
-(sha256 `{hashlib.sha256(deb.read_bytes()).hexdigest()}`).
+(sha256 `{sha256_of(deb)}`).
 
 It is text of one narrow domain, and parallel: good for trying things and for tests, and no basis
 for a claim about any language.

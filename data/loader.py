@@ -6,13 +6,16 @@ are the same set for every layout.
 """
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from data.batch import Batch
-from data.packed_sequences import PackedSequences, Tail
+from data.objectives import causal_lm
+from data.packed_sequences import PackedSequences, Rows, Tail, read_rows
+from data.packing_config import PackingConfig
 from data.token_store import TokenStore
 
 
@@ -23,8 +26,8 @@ class SampleSource(Protocol):
         """Language id and sequence number of each sample, shaped like `samples`."""
         ...
 
-    def read(self, languages: np.ndarray, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Ids [b, s + 1] and valid labels [b] of b sequences."""
+    def read(self, languages: np.ndarray, numbers: np.ndarray) -> Rows:
+        """The packed rows of b sequences."""
         ...
 
     def fingerprint(self) -> dict[str, Any]: ...
@@ -38,6 +41,8 @@ class MicroBatchLoader:
     c + (j R + r) m on. num_micro_batches is G / (m R), the same on every rank. Counting sequences
     and not steps lets a resumed run change its batch size without repeating or skipping any.
 
+    packing: how the source packs, for what the model is told of it.
+
     Raises ValueError if global_batch_size is not a multiple of micro_batch_size times the
     data-parallel size.
     """
@@ -50,6 +55,7 @@ class MicroBatchLoader:
         global_batch_size: int,
         data_parallel_rank: int,
         data_parallel_size: int,
+        packing: PackingConfig | None = None,
     ):
         _check_rank(micro_batch_size, data_parallel_rank, data_parallel_size)
         samples_at_once = micro_batch_size * data_parallel_size
@@ -62,8 +68,8 @@ class MicroBatchLoader:
                 f"{data_parallel_size} (= {samples_at_once}); "
                 f"train.global_batch_size={' or '.join(works)} would work"
             )
-        self._source = source
-        self._micro_batch_size, self._global_batch_size = micro_batch_size, global_batch_size
+        self._source, self._packing = source, packing or PackingConfig()
+        self._micro_batch_size, self.global_batch_size = micro_batch_size, global_batch_size
         self._rank, self._ranks = data_parallel_rank, data_parallel_size
         self.num_micro_batches = global_batch_size // samples_at_once
 
@@ -74,7 +80,7 @@ class MicroBatchLoader:
         # the formula costs about 0.2 ms a call however many samples it is asked for: once a step
         languages, numbers = self._source.locate(self._samples(consumed_sequences))
         return (
-            _batch(*self._source.read(language_ids, places), language_ids)
+            _batch(self._source.read(language_ids, places), language_ids, self._packing)
             for language_ids, places in zip(languages, numbers, strict=True)
         )
 
@@ -84,7 +90,7 @@ class MicroBatchLoader:
 
     def _samples(self, consumed_sequences: int) -> np.ndarray:
         """Sample numbers `[num_micro_batches, micro_batch_size]` of this rank."""
-        order = np.arange(self._global_batch_size, dtype=np.int64)
+        order = np.arange(self.global_batch_size, dtype=np.int64)
         by_rank = order.reshape(self.num_micro_batches, self._ranks, self._micro_batch_size)
         return consumed_sequences + by_rank[:, self._rank]
 
@@ -93,7 +99,8 @@ class ValidationSet:
     """The first sequences of each language's validation store, in a fixed order.
 
     Up to sequences_per_language of each store, cut with Tail.pad, so that short stores count every
-    token once. They are dealt out like a training step; the last round is filled with padding
+    token once (with best-fit packing: every token but the first of each sequence, if nothing masks
+    it). They are dealt out like a training step; the last round is filled with padding
     sequences (loss_mask all 0) until every rank has the same number of micro-batches, because
     pipeline schedules and collectives need equal counts, and until that number is a multiple of
     micro_batch_multiple, because the interleaved schedule asks for a multiple of the pipeline size.
@@ -112,6 +119,8 @@ class ValidationSet:
         data_parallel_rank: int,
         data_parallel_size: int,
         micro_batch_multiple: int = 1,
+        packing: PackingConfig | None = None,
+        plan_folder: Path | None = None,
     ):
         _check_rank(micro_batch_size, data_parallel_rank, data_parallel_size)
         if sequences_per_language < 1:
@@ -126,19 +135,24 @@ class ValidationSet:
         self._seq_length, self._eod_id = seq_length, stores[0].info.eod_id
         self._rank, self._ranks = data_parallel_rank, data_parallel_size
         self._micro_batch_size = micro_batch_size
-        self._sequences: list[tuple[PackedSequences, int, int]] = []  # where, number, language id
-        for store in sorted(stores, key=lambda store: store.language):
-            packed = PackedSequences(store, seq_length, Tail.pad)
-            language_id = languages.index(store.language)
-            for number in range(min(sequences_per_language, len(packed))):
-                self._sequences.append((packed, number, language_id))
+        self._packing = packing or PackingConfig()
+        stores = sorted(stores, key=lambda store: store.language)
+        self._stores = [
+            PackedSequences(store, seq_length, Tail.pad, self._packing, plan_folder)
+            for store in stores
+        ]
+        taken = [min(sequences_per_language, len(packed)) for packed in self._stores]
+        # of each sequence: place of its store, number in it, language id
+        self._store = np.repeat(np.arange(len(stores)), taken)
+        self._number = np.concatenate([np.arange(count) for count in taken])
+        self._language = np.repeat([languages.index(store.language) for store in stores], taken)
         in_one_round = micro_batch_size * data_parallel_size * micro_batch_multiple
-        rounds = -(-len(self._sequences) // in_one_round)
+        rounds = -(-len(self._store) // in_one_round)
         self.num_micro_batches = rounds * micro_batch_multiple
 
     def __len__(self) -> int:
         """Sequences in all, padding not counted."""
-        return len(self._sequences)
+        return len(self._store)
 
     def micro_batches(self) -> Iterator[Batch]:
         """This rank's num_micro_batches batches, the same every time."""
@@ -146,14 +160,19 @@ class ValidationSet:
 
     def _micro_batch(self, number: int) -> Batch:
         first = (number * self._ranks + self._rank) * self._micro_batch_size
-        rows = self._sequences[first : first + self._micro_batch_size]
-        ids = np.full((self._micro_batch_size, self._seq_length + 1), self._eod_id, np.int64)
-        valid = np.zeros(self._micro_batch_size, np.int64)
-        language_ids = np.zeros(self._micro_batch_size, np.int64)
-        for row, (packed, place, language_id) in enumerate(rows):
-            valid[row] = packed.fill(place, ids[row])
-            language_ids[row] = language_id
-        return _batch(ids, valid, language_ids)
+        there = slice(first, first + self._micro_batch_size)
+        language_ids = self._language[there]
+        rows = read_rows(self._stores, self._store[there], self._number[there])
+        missing = self._micro_batch_size - len(language_ids)
+        if missing:  # the last round: rows of padding
+            rows = Rows(
+                _padded(rows.ids, missing, self._eod_id),
+                _padded(rows.valid, missing, 0),
+                None if rows.documents is None else _padded(rows.documents, missing, 0),
+                None if rows.label_mask is None else _padded(rows.label_mask, missing, False),
+            )
+            language_ids = _padded(language_ids, missing, 0)
+        return _batch(rows, language_ids, self._packing)
 
 
 def fingerprint_differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
@@ -178,12 +197,20 @@ def _check_rank(micro_batch_size: int, rank: int, ranks: int) -> None:
         raise ValueError(f"data-parallel rank {rank} of {ranks}: must lie in [0, {ranks})")
 
 
-def _batch(ids: np.ndarray, valid: np.ndarray, language_ids: np.ndarray) -> Batch:
-    """ids [b, s + 1], valid labels [b], language ids [b], all int64."""
-    label_is_valid = np.arange(ids.shape[1] - 1) < valid[:, None]
+def _padded(rows: np.ndarray, missing: int, fill: int) -> np.ndarray:
+    return np.concatenate([rows, np.full((missing, *rows.shape[1:]), fill, rows.dtype)])
+
+
+def _batch(rows: Rows, language_ids: np.ndarray, packing: PackingConfig) -> Batch:
+    """Rows of b sequences and their language ids [b] int64, as the objective asks for them."""
+    # a source that forgot the borders would train as if reset_attention were off, without a word
+    assert (rows.documents is not None) == packing.reset_attention
+    documents = None
+    if rows.documents is not None:
+        documents = torch.from_numpy(rows.documents[:, :-1])
     return Batch(
-        tokens=torch.from_numpy(ids[:, :-1].copy()),
-        labels=torch.from_numpy(ids[:, 1:].copy()),
-        loss_mask=torch.from_numpy(label_is_valid.astype(np.float32)),
+        *causal_lm(rows),
         language_ids=torch.from_numpy(language_ids),
+        documents=documents,
+        reset_positions=packing.reset_positions,
     )

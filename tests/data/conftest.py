@@ -44,16 +44,20 @@ def write_corpus(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def make_store(tmp_path: Path) -> Callable[..., TokenStore]:
-    """make_store("de", "germanic", tokens=100): ids 1, 2, 3 ... in documents of a few tokens."""
+    """make_store("de", "germanic", tokens=100): ids 1, 2, 3 ... in documents of a few tokens.
 
-    def make(language: str, family: str, tokens: int, **about) -> TokenStore:
+    characters: of the whole store, as its sidecar says.
+    """
+
+    def make(language: str, family: str, tokens: int, characters: int = 0, **about) -> TokenStore:
         settings = {"tokenizer_fingerprint": "f" * 64, "vocab_size": 60000, "eod_id": 0} | about
         prefix = tmp_path / "stores" / language
         with TokenStoreWriter(prefix, language=language, family=family, **settings) as writer:
             longest = max(10, tokens // 50)
             for first in range(0, tokens, longest):
                 length = min(longest, tokens - first)
-                writer.add_document(np.arange(first, first + length - 1) % 50000 + 1)
+                ids = np.arange(first, first + length - 1) % 50000 + 1
+                writer.add_document(ids, characters=characters if first == 0 else 0)
         return TokenStore(prefix)
 
     return make

@@ -8,6 +8,7 @@ from data.batch import Batch
 from data.config import MixtureConfig
 from data.language_mixture import LanguageMixture
 from data.loader import MicroBatchLoader, ValidationSet, fingerprint_differences
+from data.packing_config import PackingConfig, PackingMode
 from data.token_store import TokenStore
 
 LENGTH = 16
@@ -68,7 +69,7 @@ def test_batches_have_the_shapes_and_types_they_say(mixture: LanguageMixture) ->
         assert batch.loss_mask.dtype == torch.float32 and (batch.loss_mask == 1).all()
         assert batch.language_ids.shape == (4,)
         assert (batch.tokens[:, 1:] == batch.labels[:, :-1]).all()
-        assert batch.tokens.is_contiguous() and batch.labels.is_contiguous()
+        assert batch.labels.data_ptr() - batch.tokens.data_ptr() == 8  # views of one buffer
 
 
 def test_which_samples_a_micro_batch_holds(mixture: LanguageMixture) -> None:
@@ -79,7 +80,7 @@ def test_which_samples_a_micro_batch_holds(mixture: LanguageMixture) -> None:
         for j, batch in enumerate(batches):
             first = consumed + (j * ranks + rank) * micro
             languages, numbers = mixture.locate(np.arange(first, first + micro))
-            ids, _ = mixture.read(languages, numbers)
+            ids = mixture.read(languages, numbers).ids
             assert batch.tokens.tolist() == ids[:, :-1].tolist()
             assert batch.labels.tolist() == ids[:, 1:].tolist()
             assert batch.language_ids.tolist() == languages.tolist()
@@ -188,3 +189,71 @@ def test_validation_refuses(stores: list[TokenStore]) -> None:
         validation(stores, 0, 1, sequences_per_language=0)
     with pytest.raises(ValueError, match=r"no validation stores; raise data.validation_fraction"):
         validation([], 0, 1)
+
+
+RESETS = PackingConfig(
+    mode=PackingMode.best_fit,
+    reset_attention=True,
+    reset_positions=True,
+    mask_boundary_loss=True,
+)
+
+
+def test_batches_carry_what_attention_needs(stores: list[TokenStore]) -> None:
+    mixture = LanguageMixture(stores, LENGTH, MixtureConfig(), seed=3, packing=RESETS)
+    batches = MicroBatchLoader(
+        mixture,
+        micro_batch_size=4,
+        global_batch_size=8,
+        data_parallel_rank=0,
+        data_parallel_size=1,
+        packing=RESETS,
+    ).micro_batches(0)
+    several = 0
+    for batch in batches:
+        assert batch.reset_positions and batch.documents is not None
+        assert batch.documents.shape == (4, LENGTH) and batch.documents.dtype == torch.int32
+        steps = batch.documents.diff(dim=1)
+        assert (batch.documents[:, 0] == 0).all() and ((steps == 0) | (steps == 1)).all()
+        # where the next token belongs to another document, its label carries no loss
+        assert not batch.loss_mask[:, :-1][steps == 1].any()
+        assert batch.loss_mask.sum() > 0
+        several += int(steps.sum())
+    assert several
+
+
+def test_a_source_that_forgets_the_borders_is_found(mixture: LanguageMixture) -> None:
+    plain = MicroBatchLoader(
+        mixture,
+        micro_batch_size=1,
+        global_batch_size=1,
+        data_parallel_rank=0,
+        data_parallel_size=1,
+        packing=PackingConfig(reset_attention=True),
+    )
+    with pytest.raises(AssertionError):
+        list(plain.micro_batches(0))
+
+
+@pytest.mark.parametrize("mode", PackingMode)
+def test_validation_with_resets(stores: list[TokenStore], mode: PackingMode) -> None:
+    packing = PackingConfig(mode=mode, reset_attention=True)
+    one = ValidationSet(
+        stores,
+        LENGTH,
+        languages=["de", "fr", "ru", "th"],
+        sequences_per_language=1000,
+        micro_batch_size=4,
+        data_parallel_rank=0,
+        data_parallel_size=1,
+        packing=packing,
+    )
+    batches = list(one.micro_batches())
+    assert {tuple(batch.tokens.shape) for batch in batches} == {(4, LENGTH)}
+    assert all(batch.documents is not None for batch in batches)
+    counted = sum(float(batch.loss_mask.sum()) for batch in batches)
+    predicted = sum(store.tokens - 1 for store in stores)
+    if mode is PackingMode.concatenate:
+        assert counted == predicted  # every token once
+    else:  # but the first of each sequence
+        assert 0.8 * predicted < counted < predicted

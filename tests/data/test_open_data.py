@@ -52,7 +52,7 @@ def test_train_and_validation_share_no_document(config: DataConfig) -> None:
 
 
 def test_not_prepared(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"have not been built; data.open_data.prepare"):
+    with pytest.raises(FileNotFoundError, match=r"have not been built; data.open_mixture.prepare"):
         open_data(DataConfig(cache_dir=str(tmp_path)), 64)
 
 
@@ -96,7 +96,7 @@ def test_a_language_without_validation_is_reported(
 
 
 def test_settings_reach_the_mixture(config: DataConfig) -> None:
-    mixture = MixtureConfig(weighting=Weighting.ratios, ratios={"germanic": 1, "indic": 3})
+    mixture = MixtureConfig(weighting=Weighting.ratios, ratios={"germanic": 0.25, "indic": 0.75})
     data = open_data(
         replace(
             config, store_dir=str(prepare(config)), languages=["de", "hi"], mixture=mixture, seed=9

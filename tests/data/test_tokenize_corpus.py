@@ -1,28 +1,39 @@
-import gzip
 import json
 import logging
 import os
+import pickle
+import resource
 import signal
 import subprocess
 import sys
+import time
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from data import tokenize_corpus
 from data.corpus import read_documents
-from data.token_store import TokenStore
+from data.folder_lock import FolderBusyError, FolderLock
+from data.token_parts import PartBuilder, read_header
 from data.tokenize_corpus import (
     DEMO_CORPUS,
     DEMO_TOKENIZER,
+    BadDocumentError,
+    Progress,
+    TokenizeOptions,
+    differences,
     is_complete,
     is_validation,
     open_stores,
     prepare_stores,
+    read_manifest,
     stores_folder,
+    write_stores,
 )
-from data.tokenizer import Tokenizer
+from data.tokenizer import Tokenizer, load_tokenizer
 
 
 def records(documents: int, languages: str = "de fr") -> list[dict]:
@@ -47,6 +58,12 @@ def test_demo_stores_hold_the_demo(tokenizer: Tokenizer, demo_folder: Path) -> N
             assert store.info.tokenizer_fingerprint == tokenizer.fingerprint
             assert (store.info.license, store.info.source) == ("BSD-3-Clause", "chromium")
             store.verify()
+            infos = [d for d in read_documents(DEMO_CORPUS) if d.language == store.language]
+            infos = [d for d in infos if is_validation(d.doc_id, 0.05) == (split == "validation")]
+            assert store.info.characters == sum(len(d.text) for d in infos)
+            assert store.info.utf8_bytes == sum(len(d.text.encode()) for d in infos)
+            for number, document in enumerate(infos):
+                assert store.document_source(number) == (document.doc_id, document.source)
 
 
 def test_the_split_is_the_same_in_every_language(demo_folder: Path) -> None:
@@ -64,7 +81,7 @@ def test_split_fraction_and_stability() -> None:
 def test_the_demo_s_key_is_stable(tokenizer: Tokenizer, tmp_path: Path) -> None:
     """Any change to the shipped text, the tokenizer or the split is a deliberate one."""
     folder = stores_folder(DEMO_CORPUS, tokenizer, tmp_path, 0.05)
-    assert folder.name == "chromium_ui-3f37cfc7a8dc87a4fab2"
+    assert folder.name == "chromium_ui-967d963dda0dea1f64ae"
 
 
 def test_key_follows_everything_the_result_depends_on(
@@ -148,31 +165,376 @@ def test_many_processes_at_once(tmp_path: Path, write_corpus: Callable[..., Path
             store.verify()
 
 
-def test_losing_the_race_keeps_the_winner(
+def test_a_folder_in_the_way(
     tokenizer: Tokenizer, tmp_path: Path, write_corpus: Callable[..., Path]
 ) -> None:
-    """The second builder finds the folder there when it renames."""
-    corpus = write_corpus(records(40))
-    folder = prepare_stores(corpus, tokenizer, tmp_path / "cache", 0.2)
+    corpus, folder = write_corpus(records(40)), tmp_path / "stores"
+    folder.mkdir()
+    write_stores(corpus, tokenizer, folder, 0.2)  # an empty one is not in the way
     inode = folder.stat().st_ino
-    tokenize_corpus.write_stores(corpus, tokenizer, folder, 0.2)
-    assert folder.stat().st_ino == inode and is_complete(folder)
-    assert list(folder.parent.iterdir()) == [folder]
+    write_stores(corpus, tokenizer, folder, 0.2)
+    assert folder.stat().st_ino == inode and is_complete(folder)  # what is finished stands
+    (folder / "manifest.json").unlink()
+    with pytest.raises(FileExistsError, match="something else already, not a finished set"):
+        write_stores(corpus, tokenizer, folder, 0.2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["corpus.jsonl", "stores"]
 
-    (folder / "manifest.json").unlink()  # in the way, and not a result: not silently accepted
-    with pytest.raises(OSError, match=r"not empty|File exists"):
-        tokenize_corpus.write_stores(corpus, tokenizer, folder, 0.2)
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def test_a_killed_builder_leaves_nothing_that_counts(
+# Small blocks, so that a small corpus has many
+WRITE = """
+import os, resource, sys
+from pathlib import Path
+from data import tokenize_corpus
+from data.tokenizer import load_tokenizer
+tokenize_corpus.BLOCK_BYTES = 20_000
+{before}
+if __name__ == "__main__":
+    tokenize_corpus.write_stores(
+        tokenize_corpus.DEMO_CORPUS, load_tokenizer(tokenize_corpus.DEMO_TOKENIZER),
+        Path(sys.argv[1]), 0.05, report={report},
+        options=tokenize_corpus.TokenizeOptions(workers=int(sys.argv[2])),
+    )
+"""
+
+
+@pytest.fixture(scope="module")
+def small_blocks(
+    tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, bytes]:
+    """The demo's stores, made in one go of blocks like those of write_in_process."""
+    out = tmp_path_factory.mktemp("small_blocks") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenize_corpus, "BLOCK_BYTES", 20_000)
+        write_stores(DEMO_CORPUS, tokenizer, out, 0.05)
+    return files_of(out)
+
+
+def write_in_process(
+    folder: Path, workers: int, before: str = "", report: str = "None"
+) -> subprocess.CompletedProcess:
+    code = WRITE.format(before=before, report=report)
+    command = [sys.executable, "-c", code, str(folder), str(workers)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_neither_processes_nor_blocks_change_anything(
+    tokenizer: Tokenizer, demo_folder: Path, small_blocks: dict[str, bytes], tmp_path: Path
+) -> None:
+    """But for the digest of the parts in the manifest, which tells what blocks were read."""
+    assert write_in_process(tmp_path / "out", 2).returncode == 0
+    assert files_of(tmp_path / "out") == small_blocks
+    expected = files_of(demo_folder)
+    manifests = [json.loads(content.pop("manifest.json")) for content in (small_blocks, expected)]
+    assert small_blocks == expected
+    assert manifests[0].pop("corpus_digest") != manifests[1].pop("corpus_digest")
+    assert manifests[0] == manifests[1]
+    small_blocks["manifest.json"] = (tmp_path / "out" / "manifest.json").read_bytes()
+
+
+KILL_AFTER = """
+import json, psutil
+def report(now, seen=[]):
+    seen.append(now)
+    if (now.stage, len(seen)) == ({stage!r}, {number}) or (now.stage == {stage!r} == "writing"):
+        print(json.dumps([p.pid for p in psutil.Process().children(recursive=True)]), flush=True)
+        os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.mark.parametrize(
+    ("workers", "stage"), [(0, "tokenizing"), (2, "tokenizing"), (2, "writing")]
+)
+def test_a_killed_run_goes_on_where_it_was(
+    workers: int,
+    stage: str,
+    tokenizer: Tokenizer,
+    small_blocks: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tokenize_corpus, "BLOCK_BYTES", 20_000)
+    killed = write_in_process(
+        tmp_path / "out", workers, KILL_AFTER.format(stage=stage, number=20), "report"
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    children = json.loads(killed.stdout)
+    for _ in range(200):
+        if not any(psutil.pid_exists(pid) for pid in children):
+            break
+        time.sleep(0.05)
+    assert [pid for pid in children if psutil.pid_exists(pid)] == []  # nobody works on alone
+    building = tmp_path / ".building-out"
+    assert [p.name for p in tmp_path.iterdir()] == [".building-out"]
+    there = {p: p.stat().st_ino for p in building.glob("parts/*/*.part")}
+    assert len(there) >= 20
+
+    made = set()
+    real = tokenize_corpus._make_part
+    monkeypatch.setattr(
+        tokenize_corpus, "_make_part", lambda block, path: made.add(path) or real(block, path)
+    )
+    seen: list[Progress] = []
+    write_stores(
+        DEMO_CORPUS,
+        tokenizer,
+        tmp_path / "out",
+        0.05,
+        report=lambda p: seen.append(Progress(**vars(p))),
+    )
+    assert not made & there.keys()  # what was finished is not done again
+    tokenizing = [progress for progress in seen if progress.stage == "tokenizing"]
+    assert 0 < tokenizing[-1].resumed <= tokenizing[-1].done == tokenizing[-1].total
+    assert files_of(tmp_path / "out") == small_blocks
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_mended_corpus_costs_only_what_was_mended(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenize_corpus, "BLOCK_BYTES", 200)
+    corpus = tmp_path / "corpus.jsonl"
+    lines = [json.dumps(r) for r in records(40, "de")]
+    corpus.write_text("\n".join([*lines[:39], "{", lines[39]]))
+    with pytest.raises(BadDocumentError, match=r"line 40: not a line of JSON.*--skip-bad N"):
+        write_stores(corpus, tokenizer, tmp_path / "out", 0.2)
+    there = set((tmp_path / ".building-out").glob("parts/*/*.part"))
+    assert len(there) > 10 and not (tmp_path / ".building-out" / "stores").exists()
+
+    corpus.write_text("\n".join([*lines[:39], "  ", lines[39]]))
+    made = []
+    real = tokenize_corpus._make_part
+    monkeypatch.setattr(
+        tokenize_corpus, "_make_part", lambda block, path: made.append(path) or real(block, path)
+    )
+    write_stores(corpus, tokenizer, tmp_path / "out", 0.2)
+    assert len(made) == 1 and not there & set(made)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_full_disk(workers: int, tokenizer: Tokenizer, tmp_path: Path, demo_folder: Path) -> None:
+    """A limit to the size of a file stands in for it: parts fit, the larger stores do not."""
+    limit = "resource.setrlimit(resource.RLIMIT_FSIZE, (15_000, resource.RLIM_INFINITY))"
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[1] == resource.RLIM_INFINITY
+    full = write_in_process(tmp_path / "out", workers, limit)
+    assert full.returncode == 1
+    assert "File too large while token stores were written to" in full.stderr.splitlines()[-1]
+    assert "nothing incomplete is in" in full.stderr
+    assert [p.name for p in tmp_path.iterdir()] == [".building-out"]
+    assert not (tmp_path / ".building-out" / "stores").exists()
+    assert not list(tmp_path.rglob("*.tmp"))
+
+    again = write_in_process(tmp_path / "out", workers, "", "lambda now: print(now.resumed)")
+    assert again.returncode == 0, again.stderr
+    assert f"{DEMO_CORPUS.stat().st_size}\n" in again.stdout  # all of it was there
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    for split in ("train", "validation"):
+        for store in open_stores(tmp_path / "out", split):
+            store.verify()
+
+    tiny = limit.replace("15_000", "100")
+    assert "File too large" in write_in_process(tmp_path / "new", workers, tiny).stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]  # there was nothing worth keeping
+
+
+def test_a_killed_process_is_told(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    report = "lambda now: os.kill(__import__('psutil').Process().children()[-1].pid, 9)"
+    killed = write_in_process(tmp_path / "out", 2, "", report)
+    assert killed.returncode == 1
+    assert "a tokenizing process was killed, perhaps because memory" in killed.stderr
+    assert [p.name for p in tmp_path.iterdir()] == [".building-out"]
+    assert write_in_process(tmp_path / "out", 2).returncode == 0
+
+
+def test_two_at_once(
+    tokenizer: Tokenizer, tmp_path: Path, write_corpus: Callable[..., Path]
+) -> None:
+    corpus = write_corpus(records(40))
+    with FolderLock(tmp_path / ".building-out"):
+        with pytest.raises(FolderBusyError, match=rf"process {os.getpid()} on .* is at work here"):
+            write_stores(corpus, tokenizer, tmp_path / "out", 0.2)
+        assert (tmp_path / ".building-out" / "lock").exists()  # nothing was taken from the first
+    write_stores(corpus, tokenizer, tmp_path / "out", 0.2)
+
+
+def test_whoever_lost_the_lock_does_not_publish(
+    tokenizer: Tokenizer,
+    tmp_path: Path,
+    write_corpus: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(FolderLock, "is_ours", lambda self: False)
+    with pytest.raises(FileExistsError, match="another process has taken this work over"):
+        write_stores(write_corpus(records(40)), tokenizer, tmp_path / "out", 0.2)
+    assert not (tmp_path / "out").exists()
+
+
+def test_leftovers_in_the_cache(
     tokenizer: Tokenizer, tmp_path: Path, write_corpus: Callable[..., Path]
 ) -> None:
     corpus, cache = write_corpus(records(40)), tmp_path / "cache"
-    kill = "import os, pathlib\npathlib.Path.rename = lambda *a: os.kill(os.getpid(), 9)\n"
-    result = subprocess.run([sys.executable, "-c", kill + PREPARE, str(corpus), str(cache)])
-    assert result.returncode == -signal.SIGKILL
-    assert not is_complete(stores_folder(corpus, tokenizer, cache, 0.2))
-    assert is_complete(prepare_stores(corpus, tokenizer, cache, 0.2))
+    command = [sys.executable, "-c", "{}" + PREPARE, str(corpus), str(cache)]
+    # killed between the rename of the finished folder and the removal of the other
+    command[2] = command[2].format(
+        "import os, shutil\nreal = shutil.rmtree\n"
+        "shutil.rmtree = lambda p, **k: os.kill(os.getpid(), 9) "
+        "if p.name.startswith('.building') else real(p, **k)"
+    )
+    assert subprocess.run(command).returncode == -signal.SIGKILL
+    folder = stores_folder(corpus, tokenizer, cache, 0.2)
+    assert is_complete(folder)
+    for name, days in (
+        (".building-recent", 6),
+        (".building-old-123-abc", 8),
+        (".building-held", 8),
+    ):
+        (cache / name / "parts").mkdir(parents=True)
+        for path in (cache / name / "parts", cache / name):
+            os.utime(path, (time.time() - days * 86400,) * 2)
+    with FolderLock(cache / ".building-held"):
+        assert prepare_stores(corpus, tokenizer, cache, 0.2) == folder
+        left = {".building-recent", ".building-held", folder.name}
+        assert {path.name for path in cache.iterdir()} == left
+
+
+def test_bad_documents(
+    tokenizer: Tokenizer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    corpus = tmp_path / "corpus.jsonl"
+    lines = [json.dumps(r).encode() for r in records(40)]
+    bad = [b'{"text": "", "language": "de"}', b'{"text": "\xff"}', b"{"]
+    corpus.write_bytes(b"\n".join([lines[0], *bad, *lines[1:]]))
+    for allowed, number, what in ((0, 2, "without any text"), (2, 4, "number 3, and --skip-bad 2")):
+        with pytest.raises(BadDocumentError, match=rf"corpus\.jsonl, line {number}: .*{what}"):
+            options = TokenizeOptions(skip_bad=allowed)
+            write_stores(corpus, tokenizer, tmp_path / "out", 0.2, options=options)
+    options = TokenizeOptions(skip_bad=3)
+    with caplog.at_level(logging.WARNING):
+        write_stores(corpus, tokenizer, tmp_path / "out", 0.2, options=options)
+    assert "3 bad documents were left out" in caplog.text
+    told = read_manifest(tmp_path / "out")["bad_documents"]
+    assert told["count"] == 3 and "line 3: not UTF-8" in told["first"][1]
+    stores = [s for split in ("train", "validation") for s in open_stores(tmp_path / "out", split)]
+    assert sum(store.documents for store in stores) == 80
+
+
+def test_text_is_normalised_once(
+    tokenizer: Tokenizer, tmp_path: Path, write_corpus: Callable[..., Path]
+) -> None:
+    plain = load_tokenizer(without_normalizer(tmp_path))
+    text = "Zoë hat Äpfel, 한국어."
+    apart = unicodedata.normalize("NFD", text)
+    assert plain.encode(apart) != plain.encode(text)
+    lines = [r | {"text": apart} for r in records(40, "de")]
+    for form, expected in (("nfc", text), ("none", apart)):
+        out = tmp_path / form
+        options = TokenizeOptions(normalize=form)  # type: ignore[arg-type]
+        write_stores(write_corpus(lines), plain, out, 0.2, options=options)
+        (store,) = open_stores(out, "train")
+        assert plain.decode(store.document(0)[:-1]) == expected
+        assert store.info.characters == len(expected) * store.documents
+        assert store.info.utf8_bytes == len(expected.encode()) * store.documents
+        assert read_manifest(out)["settings"]["normalize"] == form
+
+
+def without_normalizer(folder: Path) -> Path:
+    content = json.loads(DEMO_TOKENIZER.read_text())
+    content["normalizer"] = None
+    (folder / "plain.json").write_text(json.dumps(content))
+    return folder / "plain.json"
+
+
+def test_differences(
+    tokenizer: Tokenizer, tmp_path: Path, write_corpus: Callable[..., Path]
+) -> None:
+    corpus, out = write_corpus(records(40)), tmp_path / "out"
+    write_stores(corpus, tokenizer, out, 0.2)
+    options = TokenizeOptions()
+
+    def found(tokenizer=tokenizer, fraction=0.2, languages=(), options=options) -> str:
+        return "; ".join(differences(out, corpus, tokenizer, fraction, languages, options))
+
+    assert found() == found(options=TokenizeOptions(workers=3, skip_bad=9)) == ""
+    other = load_tokenizer(without_normalizer(tmp_path))
+    assert (
+        found(other)
+        == f"tokenizer is {tokenizer.fingerprint!r} there and {other.fingerprint!r} here"
+    )
+    assert found(fraction=0.3) == "validation_fraction is 0.2 there and 0.3 here"
+    assert found(languages=["de"]) == "languages is [] there and ['de'] here"
+    assert "normalize is 'nfc' there" in found(options=TokenizeOptions(normalize="none"))
+    later = time.time() + 10
+    os.utime(corpus, (later, later))
+    assert found() == "corpus file corpus.jsonl was changed after the stores were made"
+    was = corpus.stat().st_size
+    write_corpus(records(41))
+    now = corpus.stat().st_size
+    assert found() == f"corpus file corpus.jsonl was {was} bytes and is {now} bytes"
+    manifest = read_manifest(out)
+    manifest["files"] = [[f"{i}.jsonl", 1] for i in range(9)]
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    assert "0.jsonl was 1 bytes and is absent" in found() and found().endswith("and more")
+    (out / "manifest.json").write_text('{"corpus": "x"}')
+    with pytest.raises(ValueError, match="not the manifest of token stores of this version"):
+        found()
+
+
+def test_a_corpus_that_changes_while_it_is_read(
+    tokenizer: Tokenizer, tmp_path: Path, write_corpus: Callable[..., Path]
+) -> None:
+    corpus = write_corpus(records(40))
+    with pytest.raises(OSError, match=r"corpus\.jsonl was changed while it was read; run again"):
+        write_stores(corpus, tokenizer, tmp_path / "out", 0.2, report=lambda p: os.utime(corpus))
+
+
+def test_damaged_parts_are_made_anew(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A crash of the machine can leave them cut off, empty, or with other bytes."""
+    part = PartBuilder(tokenizer.vocab_size)
+    about = {"language": "de", "split": "train", "family": "germanic", "doc_id": "ä\n"}
+    about |= {"source": "s", "license": "l"}
+    part.add([1, 2, 3], characters=4, utf8_bytes=5, **about)
+    part.add([], characters=0, utf8_bytes=0, **about | {"source": "t"})
+    path = tmp_path / "parts" / "a.part"
+    part.write(path)
+    header = read_header(path)
+    assert header
+    documents = [(d.ids.tolist(), d.doc_id, d.source) for d in header.sections[0].read()]
+    assert documents == [([1, 2, 3], "ä\n", "s"), ([], "ä\n", "t")]
+    whole = path.read_bytes()
+    for cut in (0, 10, 30, len(whole) - 1):
+        path.write_bytes(whole[:cut])
+        assert read_header(path) is None
+    path.write_bytes(whole[:-1] + b"x")
+    with pytest.raises(ValueError, match="this piece of the work is damaged and was removed; run"):
+        list(header.sections[0].read())
+    assert read_header(path) is None
+
+    with pytest.raises(ValueError, match="'de' into two families, 'germanic' and 'x'"):
+        part.add([1], characters=1, utf8_bytes=1, **about | {"family": "x"})
+    part.add([tokenizer.vocab_size], characters=1, utf8_bytes=1, **about)
+    with pytest.raises(ValueError, match="ids from 1 to 8192 for text in 'de', outside its vocab"):
+        part.write(path)
+
+
+def test_a_part_that_vanishes(tokenizer: Tokenizer, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(tokenize_corpus, "_make_part", lambda block, path: [])
+    with pytest.raises(OSError, match="this piece of the work has vanished; run the command again"):
+        write_stores(DEMO_CORPUS, tokenizer, tmp_path / "out", 0.05)
+
+
+def test_a_tokenizer_that_changes_meanwhile(tmp_path: Path) -> None:
+    path = without_normalizer(tmp_path)
+    tokenizer = load_tokenizer(path)
+    path.write_bytes(DEMO_TOKENIZER.read_bytes())
+    with pytest.raises(ValueError, match="the file has changed since"):
+        options = TokenizeOptions(workers=1)
+        write_stores(DEMO_CORPUS, tokenizer, tmp_path / "out", 0.05, options=options)
+    assert pickle.loads(pickle.dumps(load_tokenizer(path))).fingerprint != tokenizer.fingerprint
 
 
 def test_family_of_the_record_wins(
@@ -194,7 +556,7 @@ def test_unusable_corpora(
             prepare_stores(corpus, tokenizer, tmp_path / "cache", fraction, languages)
         assert list((tmp_path / "cache").iterdir()) == []
 
-    fails("'tlh' is not in the family table", write_corpus(records(9, "tlh")))
+    fails("line 1: language 'tlh' is not in the family table", write_corpus(records(9, "tlh")))
     two = records(9) + [r | {"family": "uralic"} for r in records(9, "de")]
     fails("'de' into two families, 'germanic' and 'uralic'", write_corpus(two))
     fails(
@@ -203,7 +565,7 @@ def test_unusable_corpora(
         0.2,
         ["hi", "en"],
     )
-    fails("no document with text", write_corpus([r | {"text": ""} for r in records(9)]))
+    fails("line 1: a document without any text", write_corpus([{"text": "", "language": "de"}]))
     fails("no document with text", write_corpus([]))
     fails(
         "data.validation_fraction=0.001 leaves none of the 18 .* for validation; raise it",
@@ -213,28 +575,36 @@ def test_unusable_corpora(
     fails(r"fraction=0.9999 leaves none .* for train; lower it", write_corpus(records(9)), 0.9999)
 
 
+def test_one_family_a_language_over_blocks(
+    tokenizer: Tokenizer,
+    tmp_path: Path,
+    write_corpus: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tokenize_corpus, "BLOCK_BYTES", 100)
+    two = records(9) + [r | {"family": "uralic"} for r in records(9, "de")]
+    with pytest.raises(ValueError, match="'de' into two families, 'germanic' and 'uralic'"):
+        write_stores(write_corpus(two), tokenizer, tmp_path / "out", 0.2)
+
+
 def test_unwritable_cache(tokenizer: Tokenizer, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"set data.cache_dir to a folder you may write to"):
         prepare_stores(DEMO_CORPUS, tokenizer, tmp_path / "file" / "cache", 0.05)
 
 
-def test_what_is_left_out_is_reported(
+def test_a_language_without_a_split_is_told(
     tokenizer: Tokenizer,
     tmp_path: Path,
     write_corpus: Callable[..., Path],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     lines = records(40)
-    lines[3]["text"] = ""
     held_out = next(r["doc_id"] for r in lines if is_validation(r["doc_id"], 0.2))
     lines.append({"text": "Solo.", "language": "it", "doc_id": held_out})
     with caplog.at_level(logging.WARNING):
-        folder = prepare_stores(write_corpus(lines), tokenizer, tmp_path / "cache", 0.2)
-    assert "1 documents without any text were left out" in caplog.text
+        prepare_stores(write_corpus(lines), tokenizer, tmp_path / "cache", 0.2)
     assert "no train document of it" in caplog.text
-    assert sum(store.documents for store in open_stores(folder, "train")) < 80
-    assert json.loads((folder / "manifest.json").read_text())["documents_without_text"] == 1
 
 
 def test_languages_select(demo_folder: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -253,43 +623,3 @@ def test_a_store_without_its_sidecar_is_an_error(
     (folder / "train" / "fr.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"fr\.json"):
         open_stores(folder, "train")
-
-
-def test_command_line(tmp_path: Path) -> None:
-    with gzip.open(tmp_path / "corpus.jsonl.gz", "wt") as file:
-        file.writelines(json.dumps(record) + "\n" for record in records(40))
-    out = tmp_path / "deep" / "stores"
-    command = [sys.executable, "-m", "data.tokenize_corpus", "--out", str(out)]
-    command += ["--corpus", str(tmp_path / "corpus.jsonl.gz"), "--tokenizer", str(DEMO_TOKENIZER)]
-    command += ["--validation-fraction", "0.2", "--languages", "de"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "train       germanic        de" in done.stdout
-    assert (
-        TokenStore(out / "train" / "de").documents + TokenStore(out / "validation" / "de").documents
-        == 40
-    )
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--out", "."], "exists already"),
-        (["--out", "new", "--validation-fraction", "2"], "between 0 and 1"),
-        (["--out", "new", "--corpus", "none.jsonl"], "data.corpus=none.jsonl: no such file"),
-        (["--out", "new", "--languages", "tlh"], "data.languages: tlh is not in"),
-    ],
-)
-def test_command_line_errors_are_one_line(
-    arguments: list[str],
-    words: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as stopped:
-        tokenize_corpus.main(arguments)
-    assert stopped.value.code
-    assert words in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
