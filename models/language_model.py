@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from models.document_segments import DocumentSegments
 from parallel.layers import vocab_parallel_linear_cross_entropy
 from parallel.megatron import (
     ColumnParallelLinear,
@@ -97,15 +98,34 @@ class LanguageModel(LanguageModule):
         self.decoder.set_input_tensor(tensors[0])
 
     def forward(
-        self, tokens: Tensor, labels: Tensor | None = None, loss_mask: Tensor | None = None
+        self,
+        tokens: Tensor,
+        labels: Tensor | None = None,
+        loss_mask: Tensor | None = None,
+        documents: Tensor | None = None,
+        reset_positions: bool = False,
     ) -> Tensor | LossOutput:
-        """tokens, labels, loss_mask [b, s].
+        """tokens, labels, loss_mask [b, s]; documents [b, s] int32, on the host, on every stage.
+
+        With documents no token attends to a document other than its own, and with reset_positions
+        positions count from each document's first token in the sequence.
 
         Returns hidden states [s, b, h] on every stage but the last; there, a `LossOutput` when
         labels are given, else the logits of each sequence's last token [b, v] (fp32).
+
+        Raises ValueError for documents under context parallelism.
         """
+        segments = None
+        if documents is not None:
+            if self.config.context_parallel_size > 1:
+                raise ValueError(
+                    f"data.packing.reset_attention=true needs parallel.context_parallel_size=1, "
+                    f"not {self.config.context_parallel_size}: a document that lies on several "
+                    "ranks cannot be told from its neighbours yet"
+                )
+            segments = DocumentSegments(documents, reset_positions=reset_positions)
         hidden = self.embedding(tokens, position_ids=None) if self.pre_process else None
-        hidden = self.decoder(hidden, attention_mask=None)
+        hidden = self.decoder(hidden, attention_mask=None, packed_seq_params=segments)
         if not self.post_process:
             return hidden
         hidden = self._gather_for_vocabulary(hidden)

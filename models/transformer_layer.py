@@ -16,12 +16,14 @@ TransformerLayer inside its TransformerBlock. Activations are sequence-first: [s
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from models.config import LayerNormPlacement
+from models.document_segments import DocumentSegments
 from parallel.megatron import (
     BaseTransformerLayer,
     MegatronModule,
@@ -77,19 +79,26 @@ class TransformerLayer(MegatronModule, BaseTransformerLayer):
         self.mlp = build_module(submodules.mlp, config=config)
 
     def forward(
-        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **unused: Any
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        packed_seq_params: DocumentSegments | None = None,
+        **unused: Any,
     ) -> tuple[Tensor, None]:
         """hidden_states [s, b, h] (s/tp under sequence parallelism) -> the same shape.
 
-        The second result is megatron-core's cross-attention context, which a decoder-only model
-        has not.
+        packed_seq_params: the documents attention stays in; None: it crosses them. The second
+        result is megatron-core's cross-attention context, which a decoder-only model has not.
         """
-        x = self._residual(hidden_states, self._attention, self.input_layernorm)
+        attention = partial(self._attention, segments=packed_seq_params)
+        x = self._residual(hidden_states, attention, self.input_layernorm)
         x = self._residual(x, self.mlp, self.pre_mlp_layernorm)
         return x, None
 
-    def _attention(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        return self.self_attention(x, attention_mask=None)
+    def _attention(
+        self, x: Tensor, segments: DocumentSegments | None
+    ) -> tuple[Tensor, Tensor | None]:
+        return self.self_attention(x, attention_mask=None, packed_seq_params=segments)
 
     def _residual(self, x: Tensor, sublayer: Any, norm: Any) -> Tensor:
         out, bias = sublayer(norm(x) if self.norm_first else x)

@@ -48,9 +48,12 @@ def xpos_tables(
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Multiply each channel pair of x [s, b, n, d] by the table's entry [s, d/2] (complex64).
+    """Multiply each channel pair of x [s, b, n, d] by the table's entry (complex64).
 
-    Computed in fp32, returned in x's type.
+    table: [s, d/2], or [s, b, d/2] where each sequence has positions of its own. Computed in fp32,
+    returned in x's type.
     """
+    if table.dim() == 2:
+        table = table.unsqueeze(1)
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * table[:, None, None]).flatten(-2).to(x.dtype)
+    return torch.view_as_real(pairs * table.unsqueeze(2)).flatten(-2).to(x.dtype)

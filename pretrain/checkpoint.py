@@ -9,6 +9,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from data.language_mixture import stream_differences
 from parallel import checkpoint_io
 from parallel.checkpoint_io import CheckpointError
 from parallel.engine import MegatronEngine, checkpoint_metadata
@@ -107,24 +108,37 @@ class Checkpoints:
         self, engine: MegatronEngine, path: Path, parts: tuple[str, ...] = ("model", "data")
     ) -> TrainState:
         stored = checkpoint_io.load_plain_values(path)
-        check_identity(stored.get("identity", {}), self.identity, path, parts)
+        consumed = stored["train_state"]["consumed_sequences"]
+        check_identity(stored.get("identity", {}), self.identity, path, parts, consumed)
         state = checkpoint_io.load(engine.sharded_state_dict(is_loading=True), path)
         engine.load_state_dict(state)
         return TrainState(**stored["train_state"])
 
 
 def check_identity(
-    saved: dict[str, Any], current: dict[str, Any], path: Path, parts: tuple[str, ...]
+    saved: dict[str, Any],
+    current: dict[str, Any],
+    path: Path,
+    parts: tuple[str, ...],
+    consumed_sequences: int,
 ) -> None:
-    """Raise CheckpointError naming every setting in `parts` in which the two differ."""
+    """Raise CheckpointError naming everything in `parts` in which the two differ.
+
+    The data may differ in what comes after `consumed_sequences`.
+    """
     differences = []
-    for part in parts:
-        before, now = saved.get(part, {}), current.get(part, {})
-        for key in sorted({*before, *now}):
-            if before.get(key) != now.get(key):
-                differences.append(
-                    f"  {part}.{key}: {before.get(key)!r} saved, {now.get(key)!r} now"
-                )
+    if "model" in parts:
+        before, now = saved.get("model", {}), current.get("model", {})
+        differences += [
+            f"  model.{key}: {before.get(key)!r} saved, {now.get(key)!r} now"
+            for key in sorted({*before, *now})
+            if before.get(key) != now.get(key)
+        ]
+    if "data" in parts:
+        stream = stream_differences(
+            saved.get("data", {}), current.get("data", {}), consumed_sequences
+        )
+        differences += [f"  data: {line}" for line in stream]
     if differences:
         raise CheckpointError(
             f"{path} was saved by another run; it differs in\n"

@@ -7,6 +7,7 @@ things in the same order, because most of them are collective.
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from dataclasses import asdict
 from functools import partial
@@ -16,7 +17,10 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
+from data.ledger import Ledger
+from data.loader import MicroBatchLoader
 from data.open_data import Data, open_data, prepare
+from data.prefetch import PrefetchLoader
 from models.build import build_model
 from models.parameter_count import flops_per_token
 from parallel.accelerators import check_apex, find_accelerators
@@ -71,12 +75,7 @@ def run(config: PretrainConfig) -> Outcome:
             engine=engine,
             runtime=runtime,
             data=data,
-            loader=data.train_loader(
-                micro_batch_size=config.train.micro_batch_size,
-                global_batch_size=config.train.global_batch_size,
-                data_parallel_rank=runtime.data_parallel_rank,
-                data_parallel_size=runtime.data_parallel_size,
-            ),
+            loader=train_loader(config, data, runtime),
             validation=data.validation_set(
                 sequences_per_language=config.train.eval_sequences,
                 micro_batch_size=config.train.micro_batch_size,
@@ -93,6 +92,7 @@ def run(config: PretrainConfig) -> Outcome:
                 enabled=runtime.rank == 0,
                 log_interval=config.train.log_interval,
             ),
+            ledger=Ledger(run_dir) if runtime.rank == 0 else None,
         )
         loop.progress.message(runtime.describe())
         for line in accelerator_lines(runtime):
@@ -102,6 +102,8 @@ def run(config: PretrainConfig) -> Outcome:
             outcome = loop.run(state, stop)
             finished = True
         finally:
+            if isinstance(loop.loader, PrefetchLoader):
+                loop.loader.close()
             loop.progress.close()
             tracker.close(failed=not finished)
         if runtime.rank == 0:
@@ -116,6 +118,8 @@ def prepare_data(config: PretrainConfig, runtime: Runtime) -> Data:
     if runtime.local_rank == 0:
         try:
             prepare(config.data)
+            if config.data.packing.needs_plan:
+                open_data(config.data, config.seq_length).build_packing_plans()
         except Exception as error:
             failure = error
     failed = torch.tensor(float(failure is not None), device=runtime.device)
@@ -125,6 +129,21 @@ def prepare_data(config: PretrainConfig, runtime: Runtime) -> Data:
     if failed:
         raise RuntimeError("preparing the data failed on another rank; its message says why")
     return open_data(config.data, config.seq_length)
+
+
+def train_loader(
+    config: PretrainConfig, data: Data, runtime: Runtime
+) -> MicroBatchLoader | PrefetchLoader:
+    """This rank's training batches, read ahead by a thread unless data.prefetch is 0."""
+    loader = data.train_loader(
+        micro_batch_size=config.train.micro_batch_size,
+        global_batch_size=config.train.global_batch_size,
+        data_parallel_rank=runtime.data_parallel_rank,
+        data_parallel_size=runtime.data_parallel_size,
+    )
+    if not config.data.prefetch:
+        return loader
+    return PrefetchLoader(loader, depth=config.data.prefetch, device=runtime.device)
 
 
 def vocab_size(config: PretrainConfig, data: Data) -> int:
@@ -217,7 +236,9 @@ def next_steps(run_dir: Path, config: PretrainConfig) -> list[str]:
     python = os.path.relpath(sys.executable)
     python = sys.executable if python.startswith("..") else python
     model, steps = config.model.name, config.train.train_steps
-    start = f"launch/pretrain.py +model={model} data.seq_length={config.seq_length}"
+    changed = ("run_dir=", "parallel=", "parallel.", "train.train_steps=")
+    said = [shlex.quote(word) for word in sys.argv[1:] if not word.startswith(changed)]
+    start = " ".join(["launch/pretrain.py", *said])
     return [
         f'{python} -m launch.generate {run_dir} "The page you"',
         f"{python} -m torch.distributed.run --standalone --nproc-per-node 2 {start} parallel=tp2 "
@@ -232,6 +253,8 @@ def asdict_plain(settings: Any) -> dict[str, Any]:
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [plain(item) for item in value]
         return getattr(value, "value", value)
 
     return plain(asdict(settings))

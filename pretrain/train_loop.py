@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from data.ledger import Ledger
 from data.loader import MicroBatchLoader, ValidationSet
 from data.open_data import Data
+from data.prefetch import PrefetchLoader
 from parallel.engine import MegatronEngine
 from parallel.runtime import Runtime
 from pretrain.checkpoint import Checkpoints
@@ -39,31 +41,33 @@ class TrainLoop:
     engine: MegatronEngine
     runtime: Runtime
     data: Data
-    loader: MicroBatchLoader
+    loader: MicroBatchLoader | PrefetchLoader
     validation: ValidationSet
     checkpoints: Checkpoints
     tracker: Tracker
     meter: ThroughputMeter
     progress: Progress
+    ledger: Ledger | None = None  # on the one rank that writes it
     skipped_updates: int = 0  # in a row
 
     def run(self, state: TrainState, stop: StopSignal) -> Outcome:
-        """Train from `state` to `train.train_steps`; on a signal finish the step, save, return."""
-        train = self.config.train
+        """Train from `state` to the last step; on a signal finish the step, save, return."""
+        last_step = self._last_step(state)
         outcome = Outcome()
+        self._record_start(state)
         outcome.last_evaluation = self._evaluate(state)
         stopping = False
-        while state.step < train.train_steps and not stopping:
+        while state.step < last_step and not stopping:
             metrics = self._step(state, stop)
             stopping = metrics.stop_requested
-            last = state.step == train.train_steps
+            last = state.step == last_step
             if last or stopping or self.checkpoints.due(state.step):
                 path = self.checkpoints.save(self.engine, state)
                 self.progress.message(f"saved {path}")
             # a stopping run has a grace period to keep: it skips its evaluation
             if not stopping and (last or self._evaluation_due(state.step)):
                 outcome.last_evaluation = self._evaluate(state)
-        if stopping and state.step < train.train_steps:
+        if stopping and state.step < last_step:
             outcome.stopped_by = stop.requested or "a signal on another rank"
         return outcome
 
@@ -86,6 +90,7 @@ class TrainLoop:
                 languages=self.data.languages,
                 stop_requested=stop.requested is not None,
             )
+        self._record_step(state, sequences, metrics)
         state.advance(sequences, metrics.losses.valid_tokens())
         record = {
             "train/loss": metrics.losses.mean(),
@@ -101,6 +106,44 @@ class TrainLoop:
             self.tracker.log(state.step, record)
         self.progress.update(state.step, record)
         return metrics
+
+    def _last_step(self, state: TrainState) -> int:
+        """train.train_steps, or the step after which the data has no whole batch left."""
+        planned, end = self.config.train.train_steps, self.data.mixture.end
+        if end is None:
+            return planned
+        batches = max(0, end - state.consumed_sequences) // self.config.train.global_batch_size
+        last = min(planned, state.step + batches)
+        if last < planned:
+            code = self.data.mixture.exhausted()[-1][1]
+            self.progress.message(
+                f"the data ends after step {last} of {planned}: {code} reaches its epoch cap and "
+                f"data.mixture.when_exhausted={self.config.data.mixture.when_exhausted.value}"
+            )
+        return last
+
+    def _record_start(self, state: TrainState) -> None:
+        if self.ledger is not None:
+            self.ledger.write(
+                "start",
+                step=state.step,
+                consumed_sequences=state.consumed_sequences,
+                global_batch_size=self.config.train.global_batch_size,
+                seq_length=self.data.mixture.seq_length,
+                shares=self.data.mixture.shares(state.consumed_sequences),
+            )
+
+    def _record_step(self, state: TrainState, sequences: int, metrics: StepMetrics) -> None:
+        """Changes of ratios that the step went through, and updates that did not happen."""
+        if self.ledger is None:
+            return
+        first = state.consumed_sequences
+        at: dict[str, int] = {"step": state.step + 1, "consumed_sequences": first + sequences}
+        for sample, shares in self.data.mixture.changes(first, first + sequences):
+            self.ledger.write("ratios", **at, from_sample=sample, shares=shares)
+        if not metrics.applied:
+            why = "gradients are not finite"
+            self.ledger.write("skip", **at, samples=[first, first + sequences], why=why)
 
     def _watch_updates(self, step: int, metrics: StepMetrics) -> None:
         if metrics.applied:

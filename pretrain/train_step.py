@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypedDict
 
@@ -32,14 +32,28 @@ def forward_step(
 ) -> tuple[Any, Any]:
     """megatron-core's forward-step protocol: model output, and the loss as a function of it."""
     batch = to_device(next(micro_batches), device)
-    output = model(batch.tokens, batch.labels, batch.loss_mask)
+    output = model(
+        batch.tokens, batch.labels, batch.loss_mask, batch.documents, batch.reset_positions
+    )
     return output, partial(loss_of, batch)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch on the device; a copy the host does not wait for."""
-    tensors = (batch.tokens, batch.labels, batch.loss_mask, batch.language_ids)
-    return Batch(*(tensor.to(device, non_blocking=True) for tensor in tensors))
+    """The batch on the device; a copy the host does not wait for if its memory is page-locked.
+
+    `documents` stay on the host, where attention reads the borders from.
+    """
+
+    def move(tensor: Tensor) -> Tensor:
+        return tensor.to(device, non_blocking=True)
+
+    return replace(
+        batch,
+        tokens=move(batch.tokens),
+        labels=move(batch.labels),
+        loss_mask=move(batch.loss_mask),
+        language_ids=move(batch.language_ids),
+    )
 
 
 def loss_of(batch: Batch, output: LossOutput) -> tuple[Tensor, Tensor, dict[str, Any]]:

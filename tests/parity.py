@@ -53,11 +53,12 @@ class Result:
 _references: dict[str, Result] = {}
 
 
-def reference(model: ModelConfig = MODEL) -> Result:
+def reference(model: ModelConfig = MODEL, *, resets: bool = False) -> Result:
     """The same training in one process; run once a model."""
-    key = repr(model)
+    key = repr((model, resets))
     if key not in _references:
-        _references[key] = train(ParallelConfig(use_distributed_optimizer=False), model)
+        one_process = ParallelConfig(use_distributed_optimizer=False)
+        _references[key] = train(one_process, model, resets=resets)
     return _references[key]
 
 
@@ -68,9 +69,11 @@ def train(
     world_size: int = 1,
     micro_batch_size: int = 1,
     timeout: float = 180,
+    resets: bool = False,
 ) -> Result:
+    """resets: several documents in each sequence; attention and positions start anew in each."""
     ranks = run_on_gloo(
-        world_size, _train_on_rank, parallel, model, micro_batch_size, timeout=timeout
+        world_size, _train_on_rank, parallel, model, micro_batch_size, resets, timeout=timeout
     )
     first = ranks[0]
     for other in ranks[1:]:  # every rank must report the same numbers
@@ -85,27 +88,42 @@ def train(
     )
 
 
-def global_batch(step: int) -> Batch:
+def global_batch(step: int, resets: bool = False) -> Batch:
     """The step's sequences, with a ragged loss mask, the same in every layout."""
     generator = torch.Generator().manual_seed(100 + step)
     ids = torch.randint(0, VOCAB, (GLOBAL_BATCH, SEQ_LENGTH + 1), generator=generator)
     lengths = torch.randint(1, SEQ_LENGTH + 1, (GLOBAL_BATCH,), generator=generator)
     mask = (torch.arange(SEQ_LENGTH) < lengths[:, None]).float()
     languages = torch.randint(0, len(LANGUAGES), (GLOBAL_BATCH,), generator=generator)
-    return Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), mask, languages)
+    documents = None
+    if resets:
+        begins = torch.rand((GLOBAL_BATCH, SEQ_LENGTH), generator=generator) < 0.2
+        documents = begins.cumsum(1).int()
+    return Batch(
+        ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), mask, languages, documents, resets
+    )
 
 
-def micro_batches(step: int, micro_batch_size: int, rank: int, ranks: int) -> list[Batch]:
-    batch = global_batch(step)
+def micro_batches(
+    step: int, micro_batch_size: int, rank: int, ranks: int, resets: bool = False
+) -> list[Batch]:
+    batch = global_batch(step, resets)
     order = torch.arange(GLOBAL_BATCH).view(-1, ranks, micro_batch_size)[:, rank]
     return [
-        Batch(batch.tokens[i], batch.labels[i], batch.loss_mask[i], batch.language_ids[i])
+        Batch(
+            batch.tokens[i],
+            batch.labels[i],
+            batch.loss_mask[i],
+            batch.language_ids[i],
+            None if batch.documents is None else batch.documents[i],
+            batch.reset_positions,
+        )
         for i in order
     ]
 
 
 def _train_on_rank(
-    parallel: ParallelConfig, model: ModelConfig, micro_batch_size: int
+    parallel: ParallelConfig, model: ModelConfig, micro_batch_size: int, resets: bool
 ) -> dict[str, Any]:
     runtime = initialize(parallel, seed=1)
     chunks = build_model(model, parallel, runtime, vocab_size=VOCAB, seed=7)
@@ -113,7 +131,7 @@ def _train_on_rank(
     out: dict[str, Any] = {"losses": [], "grad_norms": []}
     for step in range(STEPS):
         batches = micro_batches(
-            step, micro_batch_size, runtime.data_parallel_rank, runtime.data_parallel_size
+            step, micro_batch_size, runtime.data_parallel_rank, runtime.data_parallel_size, resets
         )
         metrics = engine.forward_backward(
             batches,

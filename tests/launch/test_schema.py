@@ -38,11 +38,12 @@ def test_an_experiment_and_its_model_replaced() -> None:
 
 
 def test_ratios_of_families_need_no_plus() -> None:
-    ratios = ["data.mixture.weighting=ratios", "data.mixture.ratios={slavic: 2, germanic: 1}"]
+    ratios = ["data.mixture.weighting=ratios", "data.mixture.ratios={slavic: 0.7, germanic: 0.3}"]
     mixture = load(["+model=magneto_tiny", *ratios]).data.mixture
     assert mixture.weighting is Weighting.ratios
-    assert mixture.ratios == {"slavic": 2.0, "germanic": 1.0}
-    more = load(["+model=magneto_tiny", *ratios, "data.mixture.ratios.romance=0.5"])
+    assert mixture.ratios == {"slavic": 0.7, "germanic": 0.3}
+    normalized = [*ratios, "data.mixture.normalize=true", "data.mixture.ratios.romance=0.5"]
+    more = load(["+model=magneto_tiny", *normalized])
     assert more.data.mixture.ratios["romance"] == 0.5
 
 

@@ -103,11 +103,11 @@ def test_another_models_checkpoint_is_refused_setting_by_setting() -> None:
     saved = {"model": {"hidden_size": 32, "num_layers": 4}, "data": {"seed": 1}}
     now = {"model": {"hidden_size": 64, "num_layers": 4}, "data": {"seed": 2}}
     with pytest.raises(CheckpointError) as caught:
-        check_identity(saved, now, Path("c"), ("model", "data"))
+        check_identity(saved, now, Path("c"), ("model", "data"), 10)
     assert "model.hidden_size: 32 saved, 64 now" in str(caught.value)
-    assert "data.seed: 1 saved, 2 now" in str(caught.value)
+    assert "data: seed: was 1, is 2" in str(caught.value)
     assert "num_layers" not in str(caught.value)
-    check_identity(saved, {**saved, "data": {}}, Path("c"), ("model",))
+    check_identity(saved, {**saved, "data": {}}, Path("c"), ("model",), 10)
 
 
 def train_on(folder: Path, parallel: ParallelConfig, last_step: int, save: bool) -> list[float]:

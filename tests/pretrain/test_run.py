@@ -235,3 +235,29 @@ def test_bad_input_is_one_clear_error(environment: dict[str, str], whole: Path, 
     ours = done.stderr.split("torch/distributed/elastic")[0]
     assert "Traceback" not in ours, done.stderr[-5000:]
     assert before == sorted((p, p.stat().st_mtime_ns) for p in whole.rglob("*"))
+
+
+def test_ratios_change_on_the_way_and_the_data_may_end(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    """A stage from sample 8 on; then a language is used up, which ends the run before its steps."""
+    said = run(
+        environment,
+        1,
+        f"run_dir={tmp_path}",
+        "train.train_steps=50",
+        "data.mixture.stages=[{from_tokens: 256, weighting: uniform}]",
+        "data.mixture.max_epochs=0.05",
+        "data.mixture.when_exhausted=stop",
+    )
+    (last,) = re.findall(r"the data ends after step (\d+) of 50: \w+ reaches its epoch cap", said)
+    assert list(losses(tmp_path)) == list(range(1, int(last) + 1)) and 4 < int(last) < 20
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [f"step_{last:>08}"]
+    written = (tmp_path / "data_ledger.jsonl").read_text().splitlines()
+    start, change = [json.loads(line) for line in written]
+    assert (start["event"], start["global_batch_size"]) == ("start", 4)
+    assert (change["event"], change["step"], change["from_sample"]) == ("ratios", 3, 8)
+    assert change["shares"] == pytest.approx(dict.fromkeys(["de", "hi", "zh"], 1 / 3))
+    replay = [sys.executable, "-m", "data.replay", str(tmp_path), "--step", last]
+    shown = subprocess.run(replay, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert shown.stdout.startswith(f"step {last} of ") and "chromium/" in shown.stdout
