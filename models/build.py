@@ -23,6 +23,7 @@ from parallel.config import ParallelConfig, RecomputeGranularity
 from parallel.layers import (
     Norm,
     SubLayerNormRowParallelLinear,
+    enable_embedding_gradient_fusion,
     enable_torch_weight_gradient_fusion,
 )
 from parallel.megatron import (
@@ -51,6 +52,7 @@ def build_model(
     `runtime.device`, in the type `parallel.precision` asks for. All ranks must call it.
     """
     enable_torch_weight_gradient_fusion()  # before the first layer: they look for it when built
+    enable_embedding_gradient_fusion()
     dtype = parameter_dtype(parallel.precision, runtime.device)
     config = transformer_config(model, parallel, dtype)
     chunks = []

@@ -155,6 +155,7 @@ class LanguageModel(LanguageModule):
             labels.t().flatten(),
             loss_mask.t().flatten(),
             tp_group=self.tp_group,
+            accumulate_in_forward=self.training,  # the schedules differentiate loss_sum as it is
         )
         return LossOutput(loss_sum, per_token.unflatten(0, hidden.shape[:2]).t())
 

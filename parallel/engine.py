@@ -7,6 +7,7 @@ finalisation, clipping and distributed optimizer (ZeRO-1).
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -164,15 +165,17 @@ class MegatronEngine:
         iterators = [iter(micro_batches) for _ in self.chunks]
         single = len(self.chunks) == 1
         run = get_forward_backward_func()
-        return run(
-            forward_step_func=forward_step,
-            data_iterator=iterators[0] if single else iterators,
-            model=self.chunks[0] if single else list(self.chunks),
-            num_microbatches=len(micro_batches),
-            seq_length=seq_length,
-            micro_batch_size=micro_batch_size,
-            forward_only=forward_only,
-        )
+        # megatron-core's forward_only does not switch autograd off
+        with torch.no_grad() if forward_only else contextlib.nullcontext():
+            return run(
+                forward_step_func=forward_step,
+                data_iterator=iterators[0] if single else iterators,
+                model=self.chunks[0] if single else list(self.chunks),
+                num_microbatches=len(micro_batches),
+                seq_length=seq_length,
+                micro_batch_size=micro_batch_size,
+                forward_only=forward_only,
+            )
 
     def seed_dropout(self, seed: int, step: int) -> None:
         """Make the dropout masks of a step a function of (seed, step, pipeline, data, tensor rank).

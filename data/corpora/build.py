@@ -1,12 +1,13 @@
 """Builds a corpus folder: fetch packages, extract the parts not in the cache, write the folder."""
 
+import contextlib
 import os
 import shutil
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -97,7 +98,8 @@ def _extract_all(todo: list[Part], request: Request, say: Callable[[str], None])
             [part for part in todo if part.english is None],
             [part for part in todo if part.english is not None],
         ):
-            futures = {pool.submit(extract, part, request.cache): part for part in phase}
+            with _interrupt_held_back():  # workers are forked here, and inherit it
+                futures = {pool.submit(extract, part, request.cache): part for part in phase}
             for future in as_completed(futures):
                 part = futures[future]
                 try:
@@ -119,6 +121,16 @@ def _extract_all(todo: list[Part], request: Request, say: Callable[[str], None])
         # after Ctrl-C or on a full disk, what waits is not started. Not by `with`: its own
         # shutdown would take the cancelling back.
         pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _interrupt_held_back() -> Iterator[None]:
+    """Ctrl-C waits until the end of the block: a fork it hits prints a traceback of its own."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _end_with_parent(parent: int) -> None:

@@ -135,6 +135,36 @@ def test_gradient_of_a_near_certain_label_keeps_its_digits() -> None:
     assert error(tensors["hidden"].grad, expected["hidden"]) < 0.01
 
 
+def on_distant_shard() -> dict[str, Any]:
+    """Logits of the second shard are 300 below those of the first, where all labels but one are."""
+    tensors = distant_shards()
+    rank = dist.get_rank()
+    weight = tensors.pop("weight").chunk(2)[rank].clone().requires_grad_()
+    hidden = tensors.pop("hidden").requires_grad_()
+    vocab_parallel_linear_cross_entropy(hidden, weight, **tensors, tp_group=dist.group.WORLD)[
+        0
+    ].backward()
+    return {"hidden": hidden.grad, "weight": weight.grad}
+
+
+def distant_shards() -> dict[str, Tensor]:
+    tensors = inputs(masked=False)
+    tensors["hidden"][:, 0] = 1.0
+    tensors["weight"][:, 0] = 0.0
+    tensors["weight"][VOCABULARY // 2 :, 0] = -300.0
+    tensors["labels"] %= VOCABULARY // 2
+    tensors["labels"][3] = VOCABULARY - 1
+    return tensors
+
+
+def test_label_on_a_shard_without_probability() -> None:
+    """exp(-300) is 0 in fp32, and the gradient of such a label -1 all the same."""
+    expected = reference(distant_shards())
+    parts = run_on_gloo(2, on_distant_shard)
+    assert error(sum(part["hidden"] for part in parts), expected["hidden"]) < FP32_BOUND
+    assert error(torch.cat([part["weight"] for part in parts]), expected["weight"]) < FP32_BOUND
+
+
 def test_frozen_weight_or_hidden() -> None:
     expected = reference(inputs())
     for name, other in (("hidden", "weight"), ("weight", "hidden")):
@@ -156,6 +186,26 @@ def test_main_grad_is_added_to() -> None:
         (factor * loss).backward()
         assert error((main_grad - start) / (2 * factor), expected["weight"]) < 2e-6
         assert tensors["weight"].grad is None
+
+
+def test_accumulate_in_forward() -> None:
+    expected = reference(inputs())
+    tensors = inputs()
+    tensors["hidden"].requires_grad_()
+    tensors["weight"].requires_grad_()
+    main_grad = torch.full((VOCABULARY, HIDDEN), 2.0)
+    tensors["weight"].main_grad = main_grad
+    options = {"chunk_tokens": 16, "accumulate_in_forward": True}
+    loss, _ = vocab_parallel_linear_cross_entropy(**tensors, **options)
+    assert error(main_grad - 2.0, expected["weight"]) < 2e-6
+    loss.backward()
+    assert error(main_grad - 2.0, expected["weight"]) < 2e-6  # not a second time
+    assert error(tensors["hidden"].grad, expected["hidden"]) < FP32_BOUND
+    assert tensors["weight"].grad is None
+
+    loss, _ = vocab_parallel_linear_cross_entropy(**tensors, **options)
+    with pytest.raises(RuntimeError, match="accumulate_in_forward"):
+        (0.5 * loss).backward()
 
 
 def test_no_tokens() -> None:

@@ -149,7 +149,10 @@ def evaluation_leaves_no_trace() -> bool:
     forward = partial(forward_step, device=runtime.device)
     batches = micro_batches(0, 2, 0, 1)
     shape = {"seq_length": SEQ_LENGTH, "micro_batch_size": 2}
+    grad_enabled = []
+    chunks[0].register_forward_hook(lambda *unused: grad_enabled.append(torch.is_grad_enabled()))
     metrics = engine.forward_backward(batches, forward, forward_only=True, **shape)
+    assert grad_enabled == [False] * len(batches)
     evaluated, _ = reduce_losses(metrics, runtime, LANGUAGES, False)
     no_gradients = all(
         not parameter.main_grad.any() for chunk in chunks for parameter in chunk.parameters()

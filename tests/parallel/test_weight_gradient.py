@@ -7,9 +7,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from parallel.embedding import FusedVocabParallelEmbedding
 from parallel.layers import (
     Norm,
     SubLayerNormRowParallelLinear,
+    enable_embedding_gradient_fusion,
     enable_torch_weight_gradient_fusion,
     vocab_parallel_linear_cross_entropy,
 )
@@ -20,8 +22,8 @@ from parallel.megatron import (
     MegatronModule,
     RowParallelLinear,
     TransformerConfig,
-    VocabParallelEmbedding,
     parallel_state,
+    tensor_parallel,
 )
 from parallel.weight_gradient import (
     accumulate_weight_gradient,
@@ -33,6 +35,7 @@ from tests.distributed import run_on_gloo
 from tests.parallel.test_sub_layernorm import ignore_warnings_about_megatron
 
 HIDDEN, FFN, VOCABULARY = 16, 32, 40
+TOKENS = torch.tensor([[3, 3, VOCABULARY - 1], [0, 3, 1]])
 
 
 class TinyModel(MegatronModule):
@@ -42,7 +45,7 @@ class TinyModel(MegatronModule):
         super().__init__(config)
         group = dist.group.WORLD
         common = {"config": config, "init_method": torch.nn.init.normal_, "tp_group": group}
-        self.embedding = VocabParallelEmbedding(VOCABULARY, HIDDEN, **common)
+        self.embedding = FusedVocabParallelEmbedding(VOCABULARY, HIDDEN, **common)
         self.norm = Norm(config, HIDDEN)
         linear = {"bias": True, "skip_bias_add": False}
         self.fc1 = ColumnParallelLinear(HIDDEN, FFN, **common, **linear, gather_output=False)
@@ -102,8 +105,8 @@ def main_grads(
     assert all(parameter.grad is None for parameter in module.parameters())
     assert all(parameter.main_grad.dtype == torch.float32 for parameter in module.parameters())
     fused = {name for name, p in module.named_parameters() if p.grad_added_to_main_grad}
-    linears = {"fc1.weight", "fc2.weight", "embedding.weight" if tied else "output"}
-    assert fused == (linears if fusion else set())
+    matrices = {"fc1.weight", "fc2.weight", "embedding.weight"} | (set() if tied else {"output"})
+    assert fused == (matrices if fusion else set())
     return {name: p.main_grad.clone() for name, p in module.named_parameters()}
 
 
@@ -125,7 +128,54 @@ def test_fusion_changes_no_gradient(
         assert error < bound, (name, error)
 
 
+def embedding_gradient(ranks: int) -> dict[str, Any]:
+    """Of the looked-up rows times 1, 2, 3 ...; `main_grad` starts with ones."""
+    ignore_warnings_about_megatron()
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=HIDDEN,
+        num_attention_heads=2,
+        tensor_model_parallel_size=ranks,
+        gradient_accumulation_fusion=True,
+        use_cpu_initialization=True,
+        cuda_graph_scope=[],
+    )
+    embedding = FusedVocabParallelEmbedding(
+        VOCABULARY,
+        HIDDEN,
+        config=config,
+        init_method=torch.nn.init.normal_,
+        tp_group=dist.group.WORLD,
+    )
+    weight = embedding.weight
+    weight.main_grad = torch.ones_like(weight)
+    rows = embedding(TOKENS)
+    (rows * torch.arange(rows.numel()).view_as(rows)).sum().backward()
+    returned = weight.grad if weight.grad is not None else torch.zeros_like(weight)
+    return {
+        "table": weight.detach(),
+        "rows": rows.detach(),
+        "gradient": weight.main_grad - 1 + returned,
+        "fused": weight.grad is None,
+    }
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_embedding_gradient(ranks: int) -> None:
+    parts = run_on_gloo(ranks, embedding_gradient, ranks)
+    table = torch.cat([part["table"] for part in parts]).requires_grad_()
+    rows = table[TOKENS]
+    (rows * torch.arange(rows.numel()).view_as(rows)).sum().backward()
+    torch.testing.assert_close(parts[0]["rows"], rows.detach())
+    torch.testing.assert_close(torch.cat([part["gradient"] for part in parts]), table.grad)
+    # sharded, the lookup is megatron-core's own
+    assert [part["fused"] for part in parts] == [ranks == 1] * ranks
+
+
 def enable_twice() -> list[bool]:
+    enable_embedding_gradient_fusion()
+    enable_embedding_gradient_fusion()
+    assert tensor_parallel.VocabParallelEmbedding is FusedVocabParallelEmbedding
     return [enable_torch_weight_gradient_fusion(), enable_torch_weight_gradient_fusion()]
 
 
