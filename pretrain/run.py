@@ -243,7 +243,7 @@ def next_steps(run_dir: Path, config: PretrainConfig) -> list[str]:
         f'{python} -m launch.generate {run_dir} "The page you"',
         f"{python} -m torch.distributed.run --standalone --nproc-per-node 2 {start} parallel=tp2 "
         f"train.train_steps={steps} run_dir=runs/{model}-tp2",
-        f"{python} {start} train.train_steps={2 * steps} run_dir={run_dir}",
+        f"{python} {start} parallel=single train.train_steps={2 * steps} run_dir={run_dir}",
     ]
 
 
