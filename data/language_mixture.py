@@ -248,7 +248,8 @@ class LanguageMixture:
                 f"{', '.join(self.languages)}"
             )
         sizes = {packed.store.language: _size(packed, mixture.unit) for packed in self.sequences}
-        stages = []
+        stages: list[Stage] = []
+        free = 0  # where the ramp of the stage before has ended, which rounding must not cross
         for number, (from_tokens, ramp_tokens, rule) in enumerate(mixture.rules()):
             setting = f"data.mixture.stages[{number - 1}]" if number else "data.mixture"
             shares = language_shares(rule, sizes, self.family_of, mixture.max_epochs, setting)
@@ -260,13 +261,10 @@ class LanguageMixture:
                         for p in self.sequences
                     },
                 )
-            stages.append(
-                Stage(
-                    start=round(from_tokens / self.seq_length),
-                    ramp=round(ramp_tokens / self.seq_length),
-                    shares=np.array([shares[code] for code in self.languages]),
-                )
-            )
+            start = max(free, round(from_tokens / self.seq_length))
+            ramp = round(ramp_tokens / self.seq_length)
+            free = start + ramp
+            stages.append(Stage(start, ramp, np.array([shares[code] for code in self.languages])))
         caps = [
             mixture.language_max_epochs.get(code, mixture.max_epochs) for code in self.languages
         ]

@@ -57,13 +57,7 @@ def prepare(config: DataConfig) -> Path:
     if config.store_dir:
         folder = _store_dir(config)
     else:
-        folder = prepare_stores(
-            _corpus(config),
-            open_tokenizer(config),
-            _cache_dir(config),
-            config.validation_fraction,
-            config.languages,
-        )
+        folder = prepare_stores(*_what_to_build(config, open_tokenizer(config)))
     if config.verify is not Verify.none:
         problems = verify_stores(folder, full=config.verify is Verify.full)
         if problems:
@@ -84,16 +78,12 @@ def open_mixture(
     Raises FileNotFoundError if the stores are not there, ValueError if they belong to another
     tokenizer, lack a language of data.languages, or do not fit data.mixture or data.families.
     """
+    tokenizer = None
     if config.store_dir:
         folder = _store_dir(config)
     else:
-        folder = stores_folder(
-            _corpus(config),
-            open_tokenizer(config),
-            _cache_dir(config),
-            config.validation_fraction,
-            config.languages,
-        )
+        tokenizer = open_tokenizer(config)  # part of what the folder is named by
+        folder = stores_folder(*_what_to_build(config, tokenizer))
         if not is_complete(folder):
             raise FileNotFoundError(
                 f"{folder}: the token stores have not been built; data.open_mixture.prepare builds "
@@ -117,6 +107,8 @@ def open_mixture(
         plan_folder=_cache_dir(config) / "packing_plans",
     )
     opened = OpenedMixture(config, mixture, validation, folder)
+    if tokenizer is not None:
+        opened.tokenizer = tokenizer  # not to be loaded again
     if check_tokenizer:
         tokenizer = opened.tokenizer
         for store in [*train, *validation]:
@@ -144,8 +136,11 @@ def tokenizer_of(folder: Path) -> str:
     return next((str(p) for p in (path, folder / path) if p.is_file()), "")
 
 
-def _corpus(config: DataConfig) -> Path:
-    return Path(config.corpus).expanduser() if config.corpus else DEMO_CORPUS
+def _what_to_build(
+    config: DataConfig, tokenizer: Tokenizer
+) -> tuple[Path, Tokenizer, Path, float, list[str]]:
+    corpus = Path(config.corpus).expanduser() if config.corpus else DEMO_CORPUS
+    return corpus, tokenizer, _cache_dir(config), config.validation_fraction, config.languages
 
 
 def _cache_dir(config: DataConfig) -> Path:

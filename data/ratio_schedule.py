@@ -158,8 +158,6 @@ class RatioSchedule:
             asked, first = segment.at(at), segment.shares(at)
             length = length - (at - start) if length else 0
             start = at
-            if stop is not None and start == stop:
-                return start, asked
 
     def _first_exhaustion(self, segment: _Segment, stop: int | None) -> tuple[int, int] | None:
         """The last sample at which x stays within the limits, and whose limit comes then."""

@@ -291,6 +291,18 @@ def test_a_stage_changes_ratios_and_no_sample_is_lost_or_repeated(
         assert both > 50 and (mine[:both] == theirs[:both]).all()
 
 
+def test_rounding_to_sequences_keeps_stages_in_order(stores: list[TokenStore]) -> None:
+    """3.5 sequences and a ramp of 3.5 are 4 + 4, the next stage, from 7.03 on, would be 7."""
+    stages = [
+        MixtureStage(from_tokens=112, ramp_tokens=112, weighting=Weighting.uniform),
+        MixtureStage(from_tokens=225, weighting=Weighting.proportional),
+    ]
+    mixture = mixture_of(stores, stages=stages)
+    assert [start for start, _, _ in mixture.ratios.segments()] == [0, 4, 8, 8]
+    for n in (3, 4, 7, 8, 9, 1000):
+        assert sum(mixture.asked(n).values()) == pytest.approx(n)
+
+
 def test_a_run_may_change_what_comes_later(stores: list[TokenStore]) -> None:
     plain = mixture_of(stores)
     change = MixtureStage(from_tokens=32 * 9000, weighting=Weighting.uniform)
