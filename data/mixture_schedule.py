@@ -75,14 +75,10 @@ class MixtureSchedule:
         most = least + np.bincount(family, raisable, self._num_families).astype(np.int64)
         floor = np.floor(families_asked + _ROUNDING).astype(np.int64)
         target = np.clip(floor, least, most)
-        ceiling = np.clip(floor + (families_asked - floor > _ROUNDING), least, most)
-        for upper in (ceiling, most):  # within one of what is asked for, else as near as can be
-            missing = n - int(target.sum())
-            while missing > 0 and (upper > target).any():
-                order = np.argsort(target - families_asked, kind="stable")
-                chosen = order[(upper > target)[order]][:missing]
-                target[chosen] += 1
-                missing -= len(chosen)
+        # the largest remainders first, as a family that was raised has none left
+        while (missing := n - int(target.sum())) > 0 and (most > target).any():
+            order = np.argsort(target - families_asked, kind="stable")
+            target[order[(most > target)[order]][:missing]] += 1
         while (missing := n - int(target.sum())) < 0 and (target > least).any():
             order = np.argsort(families_asked - target, kind="stable")
             target[order[(target > least)[order]][:-missing]] -= 1

@@ -8,6 +8,7 @@ import torch
 
 from data.config import DataConfig, MixtureConfig, Weighting
 from data.open_data import open_data, prepare
+from data.packing_config import PackingConfig, PackingMode
 from data.tokenize_corpus import DEMO_CORPUS
 from data.tokenizer import train_tokenizer
 
@@ -109,3 +110,25 @@ def test_settings_reach_the_mixture(config: DataConfig) -> None:
 
 def test_the_demo_corpus_given_by_path_is_the_default(config: DataConfig) -> None:
     assert prepare(replace(config, corpus=str(DEMO_CORPUS))) == prepare(config)
+
+
+def test_packing_plans_are_built_once(demo_cache: Path, tmp_path: Path) -> None:
+    """What one rank builds beforehand: then opening loaders adds nothing."""
+    (tmp_path / "cache").symlink_to(demo_cache)
+    config = DataConfig(
+        cache_dir=str(tmp_path / "cache"),
+        languages=["de", "hi"],
+        packing=PackingConfig(mode=PackingMode.best_fit),
+    )
+    prepare(config)
+    data = open_data(config, 48)
+    data.build_packing_plans()
+    plans = data.mixture.plan_folder
+    assert plans is not None
+    built = {path: path.stat().st_ino for path in plans.rglob("*")}
+    again = open_data(config, 48)
+    again.validation_set(
+        sequences_per_language=4, micro_batch_size=1, data_parallel_rank=0, data_parallel_size=1
+    )
+    assert {path: path.stat().st_ino for path in plans.rglob("*")} == built
+    assert len([p for p in plans.iterdir() if "-48-" in p.name]) == 4  # two languages, two splits
