@@ -27,13 +27,7 @@ import numpy as np
 from data import sampling_weights as weights
 from data.config import MixtureConfig, RatioRule, RatioUnit, Weighting, WithinFamily
 from data.mixture_schedule import BLOCK, MixtureSchedule
-from data.packed_sequences import (
-    PackedSequences,
-    Rows,
-    mix,
-    permute,
-    read_rows,
-)
+from data.packed_sequences import PackedSequences, RowReader, Rows, mix, permute
 from data.packing_config import PackingConfig
 from data.ratio_schedule import RatioSchedule, Stage
 from data.token_store import TokenStore
@@ -104,6 +98,7 @@ class LanguageMixture:
             PackedSequences(store, seq_length, packing=self.packing, plan_folder=plan_folder)
             for store in stores
         ]
+        self._reader = RowReader(self.sequences)
         self._sizes = np.array([len(s) for s in self.sequences], np.int64)
         self._keys = np.array([_key(seed, code) for code in self.languages], np.uint64)
         self._blocks: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
@@ -115,11 +110,13 @@ class LanguageMixture:
 
     def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Language id and sequence number of each sample, both shaped like `samples` (int64)."""
-        block, place = np.divmod(np.asarray(samples, np.int64), BLOCK)
-        first, last = (int(block.min()), int(block.max())) if block.size else (0, 0)
-        if first == last:
-            languages, numbers, _ = self._located(first)
+        samples = np.asarray(samples, np.int64)
+        first, last = (int(samples.min()), int(samples.max())) if samples.size else (0, 0)
+        if first // BLOCK == last // BLOCK:
+            languages, numbers, _ = self._located(first // BLOCK)
+            place = samples % BLOCK
             return languages[place], numbers[place]
+        block, place = np.divmod(samples, BLOCK)
         language, number = np.empty_like(place), np.empty_like(place)
         for wanted in np.unique(block).tolist():
             here = block == wanted
@@ -131,7 +128,7 @@ class LanguageMixture:
         """`locate` of one sample, in plain numbers."""
         block, place = divmod(sample, BLOCK)
         languages, numbers, _ = self._located(block)
-        return int(languages[place]), int(numbers[place])
+        return languages.item(place), numbers.item(place)
 
     def epoch_of(self, sample: int) -> int:
         """How many passes over its language were complete before this sample."""
@@ -155,7 +152,7 @@ class LanguageMixture:
 
     def read(self, languages: np.ndarray, numbers: np.ndarray) -> Rows:
         """The packed rows of b located samples."""
-        return read_rows(self.sequences, languages, numbers)
+        return self._reader.read(languages, numbers)
 
     def counts(self, n: int) -> dict[str, int]:
         """Samples of each language before sample n, exact."""

@@ -14,7 +14,7 @@ import torch
 
 from data.batch import Batch
 from data.objectives import causal_lm
-from data.packed_sequences import PackedSequences, Rows, Tail, read_rows
+from data.packed_sequences import PackedSequences, RowReader, Rows, Tail
 from data.packing_config import PackingConfig
 from data.token_store import TokenStore
 
@@ -141,6 +141,7 @@ class ValidationSet:
             PackedSequences(store, seq_length, Tail.pad, self._packing, plan_folder)
             for store in stores
         ]
+        self._reader = RowReader(self._stores)
         taken = [min(sequences_per_language, len(packed)) for packed in self._stores]
         # of each sequence: place of its store, number in it, language id
         self._store = np.repeat(np.arange(len(stores)), taken)
@@ -162,7 +163,7 @@ class ValidationSet:
         first = (number * self._ranks + self._rank) * self._micro_batch_size
         there = slice(first, first + self._micro_batch_size)
         language_ids = self._language[there]
-        rows = read_rows(self._stores, self._store[there], self._number[there])
+        rows = self._reader.read(self._store[there], self._number[there])
         missing = self._micro_batch_size - len(language_ids)
         if missing:  # the last round: rows of padding
             rows = Rows(

@@ -11,16 +11,23 @@ x(n) is how many samples of each language have been asked for before sample n, a
                          window: Baruah, Cohen, Plaxton and Varvel 1996); the same holds for each
                          family, and the earlier of the two deadlines decides
 
-So a block of 2048 samples is computed from its number alone, in about 10 ms, and any sample of any
-run is found without an index. Languages and families stay within one sample of x at every n: at
-the block borders by construction, in between in every mixture we have tried (the tests draw random
-ones). Exceptions are languages that get less than one sample in a block: at the borders they are
-rounded to the nearest number whatever their family's sum, and the others make up for it.
+In between, families take turns first, by their own deadlines; then the languages of each family
+take turns at the samples it got, by theirs. Where a language is due earlier than the sample of its
+family that it got, that sample of the family is due then, and both take turns again, until that
+happens nowhere. What comes out is what one finds by asking at every sample for the earliest
+deadline of all, but no step of it looks at every family, and languages that are alone in their
+families, or whose families are never early, take one round.
+
+So a block of 2048 samples is computed from its number alone, in a few milliseconds, and any sample
+of any run is found without an index. Languages and families stay within one sample of x at every n:
+at the block borders by construction, in between in every mixture we have tried (the tests draw
+random ones). Exceptions are languages that get less than one sample in a block: at the borders they
+are rounded to the nearest number whatever their family's sum, and the others make up for it.
 """
 
 from __future__ import annotations
 
-from heapq import heappop, heappush
+from bisect import insort
 
 import numpy as np
 
@@ -30,6 +37,7 @@ from data.ratio_schedule import RatioSchedule
 # The stream depends on it: changing it makes old runs impossible to continue.
 BLOCK = 2048
 _ROUNDING = 1e-9  # x is a float: this much below a whole number counts as that number
+_ROUNDS = 32  # more than 17 have not been seen; most blocks take 1 to 3
 
 
 class MixtureSchedule:
@@ -44,14 +52,36 @@ class MixtureSchedule:
         block, place = divmod(n, BLOCK)
         counts = self.counts_at_border(block)
         if place:
-            counts = counts + np.bincount(self._schedule(block)[:place], minlength=len(counts))
+            languages, _ = self.block(block)
+            counts = counts + np.bincount(languages[:place], minlength=len(counts))
         return counts
 
     def block(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Of the samples BLOCK·number and on, [BLOCK] each: their languages, and how many samples
         of the same language come before each in the whole run (int64)."""
-        languages = self._schedule(number)
-        return languages, self.counts_at_border(number)[languages] + _ranks(languages)
+        first = number * BLOCK
+        start, stop = self.counts_at_border(number), self.counts_at_border(number + 1)
+        knots = self._ratios.knots(first, first + BLOCK)
+        asked = np.stack([self._ratios.asked(n) for n in knots])  # [knots, languages]
+        time = np.array(knots, np.float64) - first
+
+        def per_family(values: np.ndarray) -> np.ndarray:
+            return np.bincount(self._family_of, values, self._num_families)
+
+        languages = _Windows.of(time, asked, start, stop)
+        families = _Windows.of(
+            time,
+            np.stack([per_family(row) for row in asked]),
+            per_family(start).astype(np.int64),
+            per_family(stop).astype(np.int64),
+        )
+        drawn, missed = _draw(languages, families, self._family_of)
+        if missed:  # then from the end to the start: another valid order, which may miss none
+            turned = languages.reversed()
+            backwards, missed_then = _draw(turned, families.reversed(), self._family_of)
+            if missed_then < missed:
+                languages, drawn = turned, backwards[::-1]
+        return languages.member[drawn], languages.number[drawn]
 
     def counts_at_border(self, block: int) -> np.ndarray:
         """Samples of each language before sample BLOCK·block: controlled rounding of x, int64."""
@@ -92,164 +122,120 @@ class MixtureSchedule:
         counts[int(np.argmax(after - before))] += n - int(counts.sum())  # hardly ever anything
         return counts
 
-    def _schedule(self, number: int) -> np.ndarray:
-        """The languages of one block: [BLOCK] int64."""
-        first = number * BLOCK
-        start, stop = self.counts_at_border(number), self.counts_at_border(number + 1)
-        knots = self._ratios.knots(first, first + BLOCK)
-        asked = np.stack([self._ratios.asked(n) for n in knots])  # [knots, languages]
-        time = np.array(knots, np.float64) - first
-
-        def per_family(values: np.ndarray) -> np.ndarray:
-            return np.bincount(self._family_of, values, self._num_families)
-
-        languages = _Windows.of(time, asked, start, stop)
-        families = _Windows.of(
-            time,
-            np.stack([per_family(row) for row in asked]),
-            per_family(start).astype(np.int64),
-            per_family(stop).astype(np.int64),
-        )
-        result = earliest_deadline_first(languages, families, self._family_of)
-        missed = self._missed(result, languages, families)
-        if missed:  # then from the end to the start: another valid order, which may miss none
-            backwards = earliest_deadline_first(
-                languages.reversed(), families.reversed(), self._family_of
-            )[::-1]
-            if self._missed(backwards, languages, families) < missed:
-                return backwards
-        return result
-
-    def _missed(self, result: np.ndarray, languages: _Windows, families: _Windows) -> int:
-        """How many samples lie outside their language's or family's window."""
-        return languages.missed(result) + families.missed(self._family_of[result])
-
 
 class _Windows:
     """When each sample of each member (language or family) should be drawn, in one block.
 
-    release, deadline: [BLOCK] float64, in samples since the block's start, by member and number;
-    member: [BLOCK]. A sample drawn as the i-th of the block (from 0) is within one sample of what
-    is asked for if release < i + 1 and i < deadline.
+    [BLOCK] each, by member and then in the order of drawing. release, deadline: float64, in samples
+    since the block's start; member; number: how many of the member come before in the whole run.
+    What is drawn as the i-th of the block (from 0) is within one sample of what is asked for if
+    release < i + 1 and i < deadline.
     """
 
-    def __init__(self, release: np.ndarray, deadline: np.ndarray, member: np.ndarray):
-        self.release, self.deadline, self.member = release, deadline, member
+    def __init__(
+        self, release: np.ndarray, deadline: np.ndarray, member: np.ndarray, number: np.ndarray
+    ):
+        self.release, self.deadline, self.member, self.number = release, deadline, member, number
 
     @classmethod
     def of(
         cls, time: np.ndarray, asked: np.ndarray, start: np.ndarray, stop: np.ndarray
     ) -> _Windows:
         """time [knots], asked [knots, members]; start and stop [members], drawn at either end."""
-        jobs = stop - start
-        member = np.repeat(np.arange(len(jobs)), jobs)
-        within = np.arange(len(member)) - np.repeat(np.cumsum(jobs) - jobs, jobs)
-        number = start[member] + within
+        drawn = stop - start
+        member = np.repeat(np.arange(len(drawn)), drawn)
+        number = np.arange(len(member)) + np.repeat(start - np.cumsum(drawn) + drawn, drawn)
         if len(time) == 2:
             grown = (asked[1] - asked[0])[member]
             # a language that is rounded to a sample which nothing asks for may be drawn any time
-            slot = np.where(grown > 0, BLOCK / np.maximum(grown, 1e-300), np.inf)
-            release = np.where(grown > 0, (number - asked[0][member]) * slot, -np.inf)
-            return cls(release, release + slot, member)
+            length = BLOCK / np.maximum(grown, 1e-300)
+            release = (number - asked[0][member]) * length
+            deadline = release + length
+            release[grown <= 0], deadline[grown <= 0] = -np.inf, np.inf
+            return cls(release, deadline, member, number)
         release, deadline = np.empty(len(member)), np.empty(len(member))
-        for m in np.flatnonzero(jobs).tolist():
+        for m in np.flatnonzero(drawn).tolist():
             mine, course = member == m, asked[:, m]
             release[mine] = np.interp(number[mine], course, time, left=-np.inf)
             deadline[mine] = np.interp(number[mine] + 1, course, time, right=np.inf)
-        return cls(release, deadline, member)
+        return cls(release, deadline, member, number)
+
+    def opens(self) -> np.ndarray:
+        """The first sample of the block at which each may be drawn: [BLOCK] int64, up to BLOCK."""
+        return np.clip(self.release, 0, BLOCK).astype(np.int64)
 
     def reversed(self) -> _Windows:
         """The same windows with time running backwards."""
-        return _Windows(BLOCK - self.deadline[::-1], BLOCK - self.release[::-1], self.member[::-1])
+        order = np.lexsort((-self.number, self.member))
+        return _Windows(
+            BLOCK - self.deadline[order],
+            BLOCK - self.release[order],
+            self.member[order],
+            self.number[order],
+        )
 
-    def missed(self, members: np.ndarray) -> int:
-        """How many samples lie outside their window if the block's members come in this order."""
-        drawn = np.argsort(members, kind="stable")  # as the windows: by member, then in order
-        early = self.release > drawn + 1 + _ROUNDING
-        late = drawn > self.deadline + _ROUNDING
+    def missed(self, sample: np.ndarray) -> int:
+        """How many lie outside their window, drawn as these samples of the block: [BLOCK]."""
+        early = self.release > sample + 1 + _ROUNDING
+        late = sample > self.deadline + _ROUNDING
         return int((early | late).sum())
 
 
-def earliest_deadline_first(
-    languages: _Windows, families: _Windows, family_of_language: np.ndarray
-) -> np.ndarray:
-    """The languages of one block [BLOCK] int64.
+def _draw(languages: _Windows, families: _Windows, family_of: np.ndarray) -> tuple[np.ndarray, int]:
+    """Which window of a language each sample of the block fills: [BLOCK] int64; and how many
+    samples lie outside their language's or their family's window.
 
     At every sample, of the languages whose own and whose family's window are open, the one with
     the earliest deadline, its own or its family's; within a family the earliest of its own.
     """
-    order = np.lexsort((languages.deadline, languages.release))
-    release = [*languages.release[order].tolist(), np.inf]
-    deadline, language = languages.deadline[order].tolist(), languages.member[order].tolist()
-    family_of = family_of_language.tolist()
-    number_of_families = max(family_of) + 1
-    opening = np.argsort(families.release, kind="stable")
-    opens = [*families.release[opening].tolist(), np.inf]
-    opening_family = families.member[opening].tolist()
-    # each family's deadlines, the next one last; the first of all is for a family that is done
-    closes: list[list[float]] = [[np.inf] for _ in range(number_of_families)]
-    for family, closing in sorted(
-        zip(families.member.tolist(), families.deadline.tolist(), strict=True), reverse=True
-    ):
-        closes[family].append(closing)
+    # windows of languages in the order of families, so that both are [BLOCK] by family
+    by_family = np.argsort(family_of[languages.member].astype(np.int16), kind="stable")
+    opens, deadline = languages.opens()[by_family], languages.deadline[by_family]
+    family = families.member
+    apart = family * (BLOCK + 1)  # added to samples of the block, keeps families apart
+    # the k-th sample of a family needs k open windows of its languages as well
+    families_open = np.maximum(families.opens(), np.sort(apart + opens) - apart)
+    shared = np.flatnonzero(np.bincount(family_of)[family] > 1)  # with other languages
+    by_deadline = np.lexsort((deadline[shared], family[shared]))
+    due = families.deadline
+    for _ in range(_ROUNDS):
+        turns = earliest_deadline_first(families_open, np.argsort(due, kind="stable"))
+        # which sample of the block each sample of a family is, and the window that it fills
+        sample = np.argsort(family[turns].astype(np.int16), kind="stable")
+        filled = np.arange(BLOCK)
+        if len(shared):  # in each family time goes from one of its samples to the next
+            places = np.searchsorted((apart + sample)[shared], (apart + opens)[shared])
+            filled[shared] = shared[earliest_deadline_first(places, by_deadline)]
+        due, before = np.minimum(families.deadline, deadline[filled]), due
+        if (due == before).all():
+            break
+    filled = by_family[filled]
+    drawn = np.empty_like(filled)
+    drawn[sample] = filled
+    when = np.empty_like(sample)
+    when[filled] = sample
+    return drawn, languages.missed(when) + families.missed(sample)
 
-    ready: list[list[tuple[float, int]]] = [[] for _ in range(number_of_families)]  # heaps
-    is_open = [0] * number_of_families  # windows that have opened, less samples drawn
-    # the earlier of the deadlines of a family and of its most urgent language; kept up to date,
-    # because looking at every family for every sample would take most of the time
-    urgency = [np.inf] * number_of_families
-    opened = waiting = 0
-    result = []
-    for now in range(1, BLOCK + 1):
-        while opens[opened] < now:
-            family = opening_family[opened]
-            opened += 1
-            is_open[family] += 1
-            if is_open[family] == 1 and ready[family]:
-                urgency[family] = min(ready[family][0][0], closes[family][-1])
-        while release[waiting] < now:
-            code = language[waiting]
-            family = family_of[code]
-            due = deadline[waiting]
-            waiting += 1
-            heappush(ready[family], (due, code))
-            if is_open[family] > 0:
-                closing = closes[family][-1]
-                if closing < due:
-                    due = closing
-                if due < urgency[family]:
-                    urgency[family] = due
-        most_urgent = min(urgency)
-        if most_urgent < np.inf:
-            family = urgency.index(most_urgent)
-            code = heappop(ready[family])[1]
-        else:  # nobody's window is open in both respects: the nearest in one
-            heads = [(heap[0][0], f) for f, heap in enumerate(ready) if heap]
-            if heads:
-                family = min(heads)[1]
-                code = heappop(ready[family])[1]
-            else:
-                code = language[waiting]
-                family = family_of[code]
-                waiting += 1
-        result.append(code)
-        closes[family].pop()
-        is_open[family] -= 1
-        heap = ready[family]
-        if heap and is_open[family] > 0:
-            due, closing = heap[0][0], closes[family][-1]
-            urgency[family] = due if due < closing else closing
+
+def earliest_deadline_first(opens: np.ndarray, by_deadline: np.ndarray) -> np.ndarray:
+    """Of n jobs that take one slot each, the job of each of n slots: [n] int64.
+
+    opens [n]: the slot from which on a job may be done, n for none. by_deadline [n]: the jobs, the
+    most urgent first. Where no open job is left, the next one to open is done early.
+    """
+    n = len(opens)
+    urgency = np.empty(n, np.int64)  # n - 1 the most
+    urgency[by_deadline] = np.arange(n - 1, -1, -1)
+    # in order of time: the urgency of a job that opens, or -1 where a slot takes one
+    opening = np.argsort(opens.astype(np.int16), kind="stable")
+    slot = np.minimum(opens[opening], np.arange(n))  # the n-th to open must be there by slot n
+    events = np.full(2 * n, -1)
+    events[slot + np.arange(n)] = urgency[opening]
+    open_now: list[int] = []  # ascending: a few dozen, for which this is faster than a heap
+    done = []
+    for event in events.tolist():
+        if event < 0:
+            done.append(open_now.pop())
         else:
-            urgency[family] = np.inf
-    return np.array(result, np.int64)
-
-
-def _ranks(languages: np.ndarray) -> np.ndarray:
-    """How many equal entries come before each: [n] int64."""
-    order = np.argsort(languages, kind="stable")
-    ordered = languages[order]
-    starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
-    lengths = np.diff(np.r_[starts, len(ordered)])
-    ranks = np.empty(len(languages), np.int64)
-    ranks[order] = np.arange(len(ordered)) - np.repeat(starts, lengths)
-    return ranks
+            insort(open_now, event)
+    return by_deadline[::-1][np.fromiter(done, np.int64, n)]

@@ -398,10 +398,10 @@ class TokenStore:
     0.1 ms: it checks the sidecar's own checksum and compares file sizes, header, type and counts
     with it. `verify` reads everything. One file descriptor is held.
 
-    A memory map that reaches behind the end of its file kills the process (SIGBUS). So each read
-    asks for the file's size first (0.4 us), and now and then whether the file is still the same:
-    OSError if it has been cut off or written to. A store replaced or deleted under a running job
-    is only logged, because the map keeps the old bytes.
+    A memory map that reaches behind the end of its file kills the process (SIGBUS). So each read,
+    or batch of reads, asks for the file's size first (0.4 us), and now and then whether the file is
+    still the same: OSError if it has been cut off or written to. A store replaced or deleted under
+    a running job is only logged, because the map keeps the old bytes.
 
     Raises FileNotFoundError for an incomplete store, ValueError for files that disagree.
     """
@@ -432,10 +432,25 @@ class TokenStore:
         OSError if the file is no longer as it was opened. The view itself stays unguarded: take
         its content before anything that may last.
         """
+        self.guard()
+        return self._ids[start:stop]
+
+    def windows(self, size: int, step: int) -> np.ndarray:
+        """Row i is ids [i * step, i * step + size) of the concatenated documents, as many rows as
+        there are whole ones: a view of the map [rows, size]. Call `guard` before each use."""
+        if self.tokens < size:
+            return np.empty((0, size), self.dtype)
+        return np.lib.stride_tricks.sliding_window_view(self._ids, size)[::step]
+
+    def guard(self) -> None:
+        """OSError if the file is no longer as it was opened. Before each use of a view of the map.
+
+        What is cut off between this and the end of the reading is not caught, so read at once, and
+        no more than a batch.
+        """
         self._reads += 1
         if self._size_now() != self._bytes or not self._reads % _READS_BETWEEN_CHECKS:
             self.check_unchanged()
-        return self._ids[start:stop]
 
     def document(self, number: int) -> np.ndarray:
         """The ids of one document, its end-of-document id included."""

@@ -313,7 +313,8 @@ def _near(wish: str, names: Sequence[str]) -> list[str]:
             # a part of the name, as `steps` of train_steps
             0.65 + 0.3 * len(shorter) / len(longer) if shorter and shorter in longer else 0,
         )
-        return score + (0.1 if section == its_section else 0)
+        same_start = end.split("_")[0] == its_end.split("_")[0]
+        return score + 0.1 * (section == its_section) + 0.05 * same_start
 
     scores = {name: likeness(name) for name in names}
     least = max(0.7, max(scores.values(), default=0) - 0.1)

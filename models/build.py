@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,10 +16,15 @@ from models.config import (
     ModelConfig,
     PositionEmbedding,
 )
+from models.experts import expert_spec
 from models.initialize import initialize_weights
 from models.language_model import LanguageModel
 from models.magneto import residual_scale
+from models.moe_config import RouterType
+from models.moe_layer import MoELayer
 from models.parameter_count import padded_vocab_size
+from models.router import build_router
+from models.router_health import RouterHealth
 from models.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from parallel.config import ParallelConfig, RecomputeGranularity
 from parallel.layers import (
@@ -32,12 +39,14 @@ from parallel.megatron import (
     ColumnParallelLinear,
     MLPSubmodules,
     ModuleSpec,
+    MoESubmodules,
     RowParallelLinear,
     SelfAttention,
     SelfAttentionSubmodules,
     TransformerBlockSubmodules,
     TransformerConfig,
     get_num_layers_to_build,
+    get_transformer_layer_offset,
 )
 from parallel.precision import parameter_dtype
 from parallel.runtime import Runtime
@@ -60,19 +69,32 @@ def build_model(
     for index in range(parallel.virtual_pipeline_model_parallel_size):
         vp_stage = index if interleaved else None
         last_chunk = index == parallel.virtual_pipeline_model_parallel_size - 1
+        health = RouterHealth() if model.moe.num_experts else None
         chunk = LanguageModel(
             config,
-            _layers(model, config, vp_stage),
+            _layers(model, config, vp_stage, runtime, health),
             padded_vocab_size=padded_vocab_size(vocab_size, model.make_vocab_size_divisible_by),
             share_embeddings_and_output_weights=model.share_embeddings_and_output_weights,
             pre_process=runtime.is_first_pipeline_stage and index == 0,
             post_process=runtime.is_last_pipeline_stage and last_chunk,
             groups=runtime.groups,
             vp_stage=vp_stage,
+            router_health=health,
         )
-        chunks.append(chunk.to(device=runtime.device, dtype=dtype))
+        chunks.append(_place(chunk, runtime.device, dtype))
     initialize_weights(chunks, model, seed)
     return chunks
+
+
+def _place(chunk: LanguageModel, device: torch.device, dtype: torch.dtype) -> LanguageModel:
+    """Move to the device; all parameters become `dtype` but those marked `keep_fp32` (routers)."""
+
+    def move(tensor: torch.Tensor) -> torch.Tensor:
+        is_parameter = isinstance(tensor, torch.nn.Parameter)
+        cast = is_parameter and not getattr(tensor, "keep_fp32", False)
+        return tensor.to(device=device, dtype=dtype if cast else tensor.dtype)
+
+    return chunk._apply(move)
 
 
 def transformer_config(
@@ -102,6 +124,7 @@ def transformer_config(
             parallel.virtual_pipeline_model_parallel_size if interleaved else None
         ),
         context_parallel_size=parallel.context_parallel_size,
+        cp_comm_type=parallel.cp_comm_type.value,
         sequence_parallel=parallel.sequence_parallel,
         recompute_granularity=parallel.recompute_granularity.value if selective or full else None,
         recompute_modules=["core_attn"] if selective else None,
@@ -130,9 +153,41 @@ def transformer_config(
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         cuda_graph_scope=[],
+        **_expert_settings(model, parallel),
     )
+    # after the fact: megatron-core refuses biases with it, because its experts would add them once
+    # a rank; ours split them (models.experts)
+    config.expert_tensor_parallel_size = parallel.expert_tensor_parallel_size
     config.sub_layernorm_reduction = parallel.sub_layernorm_reduction.value
     return config
+
+
+def _expert_settings(model: ModelConfig, parallel: ParallelConfig) -> dict[str, Any]:
+    moe = model.moe
+    if moe.num_experts == 0:
+        return {}
+    aux_free, sparse = moe.router is RouterType.aux_free, moe.sparse_layers(model.num_layers)
+    capacity = moe.expert_capacity_factor
+    if moe.router in (RouterType.torchscale, RouterType.torchscale_xmoe):
+        capacity = 1.0  # any number: it tells the dispatchers to count the tokens that are left
+    return {
+        "num_moe_experts": moe.num_experts,
+        # a list, so that checkpoints store each layer by itself: dense and sparse ones differ
+        "moe_layer_freq": [int(layer in sparse) for layer in range(model.num_layers)],
+        "moe_ffn_hidden_size": model.expert_ffn_hidden_size,
+        "moe_router_topk": moe.router_topk,
+        "moe_router_score_function": "sigmoid" if aux_free else moe.router_score_function.value,
+        "moe_router_pre_softmax": True,
+        "moe_router_dtype": "fp32",
+        "moe_router_enable_expert_bias": aux_free,
+        "moe_router_bias_update_rate": moe.router_bias_update_rate,
+        # balance and z-loss are our routers' own
+        "moe_router_load_balancing_type": "none",
+        "moe_expert_capacity_factor": capacity,
+        "moe_token_dispatcher_type": parallel.moe_token_dispatcher_type.value,
+        "expert_model_parallel_size": parallel.expert_model_parallel_size,
+        "expert_tensor_parallel_size": 1,
+    }
 
 
 def _leave_as_is(tensor: torch.Tensor) -> torch.Tensor:
@@ -140,8 +195,13 @@ def _leave_as_is(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _layers(
-    model: ModelConfig, config: TransformerConfig, vp_stage: int | None
+    model: ModelConfig,
+    config: TransformerConfig,
+    vp_stage: int | None,
+    runtime: Runtime,
+    health: RouterHealth | None,
 ) -> TransformerBlockSubmodules:
+    """Specifications of the layers of one chunk: dense, or sparse, by their number in the model."""
     placement = model.layer_norm_placement
     sub_ln = placement is LayerNormPlacement.sub_ln
     row_parallel = SubLayerNormRowParallelLinear if sub_ln else RowParallelLinear
@@ -157,24 +217,45 @@ def _layers(
             linear_proj=row_parallel,
         ),
     )
+    linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=row_parallel)
     feed_forward = ModuleSpec(
-        module=MLP,
-        params={"ffn_hidden_size": model.ffn_hidden_size},
-        submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=row_parallel),
+        module=MLP, params={"ffn_hidden_size": model.ffn_hidden_size}, submodules=linears
     )
-    layer = ModuleSpec(
-        module=TransformerLayer,
-        submodules=TransformerLayerSubmodules(
-            norm=Norm,
-            self_attention=attention,
-            mlp=feed_forward,
-            placement=placement,
-            residual_scale=residual_scale(placement, model.num_layers),
-        ),
+    parts = TransformerLayerSubmodules(
+        norm=Norm,
+        self_attention=attention,
+        mlp=feed_forward,
+        placement=placement,
+        residual_scale=residual_scale(placement, model.num_layers),
     )
+    dense = ModuleSpec(module=TransformerLayer, submodules=parts)
+    sparse = dense
+    if model.moe.num_experts:
+        experts = ModuleSpec(
+            module=MoELayer,
+            submodules=MoESubmodules(
+                router=partial(build_router(model.moe), health=health),
+                experts=expert_spec(model),
+                shared_experts=_shared_expert(model, linears),
+            ),
+        )
+        slot = "sparse" if model.moe.sparse_after_layer else "mlp"
+        sparse = ModuleSpec(module=TransformerLayer, submodules=replace(parts, **{slot: experts}))
+    first = get_transformer_layer_offset(config, vp_stage, runtime.pipeline_parallel_rank)
+    count = get_num_layers_to_build(config, vp_stage, runtime.pipeline_parallel_rank)
+    sparse_layers = model.moe.sparse_layers(model.num_layers)
     # post-LN blocks end in a norm already
     post_ln = placement in (LayerNormPlacement.post_ln, LayerNormPlacement.deepnorm)
     return TransformerBlockSubmodules(
-        layer_specs=[layer] * get_num_layers_to_build(config, vp_stage),
+        layer_specs=[
+            sparse if layer in sparse_layers else dense for layer in range(first, first + count)
+        ],
         layer_norm=None if post_ln else Norm,
     )
+
+
+def _shared_expert(model: ModelConfig, linears: MLPSubmodules) -> ModuleSpec | None:
+    width = model.moe.shared_expert_intermediate_size
+    if width == 0:
+        return None
+    return ModuleSpec(module=MLP, params={"ffn_hidden_size": width}, submodules=linears)

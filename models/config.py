@@ -3,9 +3,10 @@
 Imports neither torch nor megatron-core.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
+from models.moe_config import MoEConfig
 from parallel.config import ConfigError, below, not_positive
 
 
@@ -50,7 +51,7 @@ class InitMethod(Enum):
 
 @dataclass(kw_only=True)
 class ModelConfig:
-    """A decoder-only transformer language model."""
+    """A decoder-only transformer language model, dense or with experts (`moe`)."""
 
     name: str
     num_layers: int
@@ -76,6 +77,12 @@ class ModelConfig:
     attention_dropout: float = 0.0
     init_method: InitMethod = InitMethod.xavier_normal
     init_method_std: float = 0.02  # only with init_method=normal
+    moe: MoEConfig = field(default_factory=MoEConfig)
+
+    @property
+    def expert_ffn_hidden_size(self) -> int:
+        """Width of one expert: `moe.ffn_hidden_size`, or that of the dense layers."""
+        return self.moe.ffn_hidden_size or self.ffn_hidden_size
 
     @property
     def query_groups(self) -> int:
@@ -111,6 +118,7 @@ class ModelConfig:
         problems = below(sizes, 1)
         if not problems:  # the arithmetic below divides by the sizes
             problems += self._heads_that_do_not_fit()
+            problems += self._experts_that_do_not_fit()
         problems += not_positive(
             {
                 "model.layernorm_epsilon": self.layernorm_epsilon,
@@ -153,6 +161,30 @@ class ModelConfig:
                 f"{nearest_divisor(heads, self.query_groups)}"
             )
         return problems
+
+    def _experts_that_do_not_fit(self) -> list[str]:
+        moe, layers = self.moe, self.num_layers
+        if moe.num_experts == 0:
+            return []
+        if moe.sparse_after_layer > layers:
+            return [
+                f"model.moe.sparse_after_layer={moe.sparse_after_layer} must not exceed "
+                f"model.num_layers={layers}; the paper has half: {max(1, layers // 2)}"
+            ]
+        if not moe.sparse_layers(layers):
+            return [
+                f"model.moe.layer_freq={moe.layer_freq} leaves none of model.num_layers={layers} "
+                f"layers sparse; use {layers} or less"
+            ]
+        placement = self.layer_norm_placement
+        norm_last = (LayerNormPlacement.post_ln, LayerNormPlacement.deepnorm)
+        if moe.sparse_after_layer and placement in norm_last:
+            return [
+                f"model.moe.sparse_after_layer={moe.sparse_after_layer} adds a sublayer that "
+                f"norms its input, and model.layer_norm_placement={placement.value} norms after "
+                "the sublayer; use sub_ln or pre_ln, or model.moe.layer_freq"
+            ]
+        return []
 
 
 def nearest_divisor(number: int, wish: int) -> int:

@@ -2,8 +2,8 @@
 
 Every element of every parameter is a pure function of (seed, global parameter name, position in
 the full tensor). A rank evaluates it for the elements it holds and for no others, so the same seed
-gives the same full weights under every tensor, pipeline and interleaved layout, no rank ever holds
-more than its own share plus one block of temporary values, and nothing is communicated.
+gives the same full weights under every tensor, pipeline, interleaved and expert layout, no rank
+ever holds more than its own share plus one block of temporary values, and nothing is communicated.
 
 The function is a counter-based generator: the element's index, offset by a 64-bit key hashed from
 seed and name, goes through the finaliser of SplitMix64 (Steele, Lea and Flood 2014), and the two
@@ -17,14 +17,17 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from models.config import Activation, InitMethod, LayerNormPlacement, ModelConfig
 from models.magneto import initial_gain
+from models.moe_config import RouterType
 from parallel.megatron import MegatronModule, get_transformer_layer_offset, parallel_state
 
 # Elements evaluated at once, which bounds the temporary memory: what stays in a CPU core's cache
@@ -32,6 +35,7 @@ from parallel.megatron import MegatronModule, get_transformer_layer_offset, para
 _BLOCK = {"cpu": 1 << 16, "cuda": 1 << 24}
 _LOW_32 = (1 << 32) - 1
 EMBEDDING = "embedding.word_embeddings.weight"
+EMBEDDING_NORM = 0.1  # of X-MoE's expert embeddings
 
 
 @dataclass(frozen=True)
@@ -72,14 +76,13 @@ def global_parameters(chunk: MegatronModule) -> Iterator[tuple[str, torch.nn.Par
 def weight_scale(name: str, model: ModelConfig) -> list[tuple[int, Scale]]:
     """Scales of a weight matrix as repeating blocks of rows: [(rows, scale), ...].
 
-    Fans are those of each separate matrix (query, key and value apart; gate and up apart),
-    unsharded. megatron-core stores query, key and value interleaved by query group, which is why
-    a pattern of rows is needed at all.
+    Fans are those of each separate matrix (query, key and value apart; gate and up apart; each
+    expert by itself), unsharded. megatron-core stores query, key and value interleaved by query
+    group, which is why a pattern of rows is needed at all.
     """
     h, heads = model.hidden_size, model.num_attention_heads
     groups = model.num_query_groups or heads
     d = model.kv_channels or h // heads
-    ffn, gated = model.ffn_hidden_size, model.activation is Activation.swiglu
     gain = initial_gain(model.layer_norm_placement, model.num_layers)
     if name.endswith("linear_qkv.weight"):
         queries = heads // groups * d  # rows of one group
@@ -90,19 +93,44 @@ def weight_scale(name: str, model: ModelConfig) -> list[tuple[int, Scale]]:
         ]
     if name.endswith("linear_proj.weight"):
         return [(h, _scale(model, heads * d, h, gain, output=True))]
-    if name.endswith("linear_fc1.weight"):
+    if name.endswith(("fc1.weight", "fc1_weight")):
+        ffn, gated = _ffn_width(name, model), model.activation is Activation.swiglu
         # TorchScale's filter is by name ("fc1", "fc2", ...), which its GLU's "gate" escapes
         gate = 1.0 if model.init_method is InitMethod.torchscale else gain
         blocks = [(ffn, _scale(model, h, ffn, gate))] if gated else []
         return [*blocks, (ffn, _scale(model, h, ffn, gain))]
-    if name.endswith("linear_fc2.weight"):
-        return [(h, _scale(model, ffn, h, gain, output=True))]
+    if name.endswith(("fc2.weight", "fc2_weight")):
+        return [(h, _scale(model, _ffn_width(name, model), h, gain, output=True))]
     if name in (EMBEDDING, "output_layer.weight"):
         # N(0, 1/h), the convention of fairseq and TorchScale; with a final layer norm the first
         # logits then have unit variance
         std = model.init_method_std if model.init_method is InitMethod.normal else h**-0.5
         return [(1, Scale(std))]
+    if (router := _ROUTER.search(name)) is not None:
+        return [(1, _router_scale(router[1], model))]
     raise ValueError(f"no initial scale is known for the parameter {name!r}")
+
+
+_ROUTER = re.compile(r"\.router\.(\w+)$")
+
+
+def _router_scale(parameter: str, model: ModelConfig) -> Scale:
+    """The papers do not say how routers start. `expert_embeddings` and `wg` are shaped afterwards
+    (`_shape_rows`): only the directions of what is drawn here stay."""
+    experts, h = model.moe.num_experts, model.hidden_size
+    xmoe_gate = model.moe.router is RouterType.torchscale_xmoe
+    if parameter == "expert_embeddings" or (parameter == "wg" and xmoe_gate):
+        return Scale(1.0)
+    if parameter in ("wg", "wg_reduction"):  # nn.Linear's default
+        return Scale(1 / math.sqrt(3 * h), uniform=True)
+    outputs = model.moe.dim if parameter == "projection" else experts
+    return _scale(model, h, outputs, 1.0)
+
+
+def _ffn_width(name: str, model: ModelConfig) -> int:
+    if ".shared_experts." in name:
+        return model.moe.shared_expert_intermediate_size
+    return model.expert_ffn_hidden_size if ".experts." in name else model.ffn_hidden_size
 
 
 def _scale(
@@ -166,26 +194,55 @@ def _fill(parameter: torch.nn.Parameter, name: str, model: ModelConfig, seed: in
     if "norm" in name:
         parameter.fill_(0.0 if name.endswith("bias") else 1.0)
         return
+    if name.endswith("router.temperature"):
+        parameter.fill_(model.moe.temperature)
+        return
     is_bias = name.endswith("bias")
     pattern = bias_scale(name, model) if is_bias else weight_scale(name, model)
     if pattern is None:
         parameter.zero_()
         return
-    rows = _global_index(parameter, 0)
-    columns = _global_columns(parameter)
-    local = parameter.data if parameter.dim() == 2 else parameter.data[:, None]
-    full_columns = columns.numel() if parameter.dim() == 1 else _full_size(parameter, 1)
+    # a bias is a matrix of one column; of more than two dimensions all but the last make the rows
+    value = parameter.data[..., None] if is_bias else parameter.data
+    places = [_global_index(parameter, dim) for dim in range(parameter.dim())]
+    sizes = [_full_size(parameter, dim) for dim in range(parameter.dim())]
+    columns, width = places[-1], sizes[-1]
+    if is_bias:
+        columns, width = torch.zeros(1, dtype=torch.int64, device=parameter.device), 1
+    else:
+        places, sizes = places[:-1], sizes[:-1]
+    rows = places[0]
+    for place, size in zip(places[1:], sizes[1:], strict=True):
+        rows = (rows[:, None] * size + place).flatten()
+    local = value.view(rows.numel(), columns.numel())
     std, uniform = _per_row(pattern, rows)
     key = parameter_key(seed, name)
     step = max(1, _BLOCK[parameter.device.type] // max(1, columns.numel()))
     for start in range(0, rows.numel(), step):
         block = rows[start : start + step]
-        index = block[:, None] * full_columns + columns[None]
+        index = block[:, None] * width + columns[None]
         if uniform:
             values = counter_uniform(key, index) * math.sqrt(3)
         else:
             values = counter_normal(key, index)
         local[start : start + step].copy_(values * std[start : start + step, None])
+    _shape_rows(parameter, name, model)
+
+
+def _shape_rows(parameter: torch.nn.Parameter, name: str, model: ModelConfig) -> None:
+    """What a router's expert embeddings, which every rank holds whole, are made into.
+
+    X-MoE: rows of norm 0.1 (arXiv 2204.09179, "Implementation Tips"). TorchScale's use_xmoe: what
+    torch.nn.init.orthogonal_ with gain 0.32 makes of them.
+    """
+    if name.endswith("router.expert_embeddings"):
+        parameter.copy_(EMBEDDING_NORM * F.normalize(parameter.double(), dim=-1))
+    elif name.endswith("router.wg") and model.moe.router is RouterType.torchscale_xmoe:
+        drawn = parameter.double()
+        tall = drawn.shape[0] > drawn.shape[1]
+        q, r = torch.linalg.qr(drawn if tall else drawn.t())
+        q = q * r.diagonal().sign()
+        parameter.copy_(0.32 * (q if tall else q.t()))
 
 
 def _per_row(pattern: list[tuple[int, Scale]], rows: Tensor) -> tuple[Tensor, bool]:
@@ -194,8 +251,14 @@ def _per_row(pattern: list[tuple[int, Scale]], rows: Tensor) -> tuple[Tensor, bo
     return table.to(rows.device)[rows % period], pattern[0][1].uniform
 
 
-def _tensor_parallel(parameter: torch.nn.Parameter, dim: int) -> tuple[int, int, int]:
-    """(size, rank, stride) of the tensor-parallel sharding of `dim`."""
+def _sharding(parameter: torch.nn.Parameter, dim: int) -> tuple[int, int, int]:
+    """(size, rank, stride) of the sharding of `dim`: over how many ranks, which one this is.
+
+    `shards`, where a parameter has it (experts), names each sharded dimension; otherwise
+    megatron-core's attributes name one, over the tensor-parallel ranks.
+    """
+    if (shards := getattr(parameter, "shards", None)) is not None:
+        return *shards.get(dim, (1, 0)), 1
     sharded = getattr(parameter, "tensor_model_parallel", False)
     if not sharded or parameter.partition_dim != dim:  # type: ignore[attr-defined]
         return 1, 0, 1
@@ -207,7 +270,7 @@ def _tensor_parallel(parameter: torch.nn.Parameter, dim: int) -> tuple[int, int,
 
 
 def _full_size(parameter: torch.nn.Parameter, dim: int) -> int:
-    return parameter.shape[dim] * _tensor_parallel(parameter, dim)[0]
+    return parameter.shape[dim] * _sharding(parameter, dim)[0]
 
 
 def _global_index(parameter: torch.nn.Parameter, dim: int) -> Tensor:
@@ -215,12 +278,6 @@ def _global_index(parameter: torch.nn.Parameter, dim: int) -> Tensor:
 
     With stride k the full dimension is k parts (gate and up), each sharded by itself.
     """
-    size, rank, stride = _tensor_parallel(parameter, dim)
+    size, rank, stride = _sharding(parameter, dim)
     full = torch.arange(_full_size(parameter, dim), device=parameter.device)
     return torch.cat(full.chunk(size * stride)[rank::size])
-
-
-def _global_columns(parameter: torch.nn.Parameter) -> Tensor:
-    if parameter.dim() == 1:
-        return torch.zeros(1, dtype=torch.int64, device=parameter.device)
-    return _global_index(parameter, 1)

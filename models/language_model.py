@@ -1,7 +1,8 @@
 """LanguageModel: one pipeline stage of a decoder-only model, from token ids to the summed loss.
 
 Shapes: b sequences, s tokens each, h hidden size, v padded vocabulary. Activations are
-sequence-first, [s, b, h]; [s/tp, b, h] under sequence parallelism.
+sequence-first, [s, b, h]; [s/tp, b, h] under sequence parallelism. Under context parallelism s is
+this rank's part of the sequence (`parallel.context_parallel`).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from models.document_segments import DocumentSegments
+from models.router_health import RouterHealth
 from parallel.layers import vocab_parallel_linear_cross_entropy
 from parallel.megatron import (
     ColumnParallelLinear,
@@ -54,12 +56,14 @@ class LanguageModel(LanguageModule):
         post_process: bool,
         groups: ProcessGroupCollection,
         vp_stage: int | None = None,
+        router_health: RouterHealth | None = None,
     ) -> None:
         super().__init__(config, pg_collection=groups)
         self.model_type = ModelType.encoder_or_decoder  # megatron-core's schedules ask for it
         self.pre_process = pre_process
         self.post_process = post_process
         self.vp_stage = vp_stage
+        self.router_health = router_health  # what the routers of this chunk report to
         self.share_embeddings_and_output_weights = share_embeddings_and_output_weights
         if pre_process:
             self.embedding = LanguageModelEmbedding(
@@ -104,17 +108,24 @@ class LanguageModel(LanguageModule):
         loss_mask: Tensor | None = None,
         documents: Tensor | None = None,
         reset_positions: bool = False,
+        *,
+        language_ids: Tensor | None = None,
+        logits_at: int = -1,
     ) -> Tensor | LossOutput:
-        """tokens, labels, loss_mask [b, s]; documents [b, s] int32, on the host, on every stage.
+        """tokens, labels, loss_mask [b, s]; documents [b, s] int32, on the host, on every stage;
+        language_ids [b], which routers count by.
 
         With documents no token attends to a document other than its own, and with reset_positions
         positions count from each document's first token in the sequence.
 
         Returns hidden states [s, b, h] on every stage but the last; there, a `LossOutput` when
-        labels are given, else the logits of each sequence's last token [b, v] (fp32).
+        labels are given, else the logits of each sequence's token at `logits_at` [b, v] (fp32).
 
         Raises ValueError for documents under context parallelism.
         """
+        if self.router_health is not None:
+            self.router_health.language_ids = language_ids
+            self.router_health.loss_mask = loss_mask
         segments = None
         if documents is not None:
             if self.config.context_parallel_size > 1:
@@ -130,7 +141,7 @@ class LanguageModel(LanguageModule):
             return hidden
         hidden = self._gather_for_vocabulary(hidden)
         if labels is None:
-            return self._last_token_logits(hidden)
+            return self._logits(hidden[logits_at])
         assert loss_mask is not None
         return self._loss(hidden, labels, loss_mask)
 
@@ -159,6 +170,6 @@ class LanguageModel(LanguageModule):
         )
         return LossOutput(loss_sum, per_token.unflatten(0, hidden.shape[:2]).t())
 
-    def _last_token_logits(self, hidden: Tensor) -> Tensor:
-        logits = torch.nn.functional.linear(hidden[-1], self.output_weight())
+    def _logits(self, hidden: Tensor) -> Tensor:
+        logits = torch.nn.functional.linear(hidden, self.output_weight())
         return gather_from_tensor_model_parallel_region(logits, group=self.tp_group).float()

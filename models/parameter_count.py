@@ -2,12 +2,14 @@
 
 Imports neither torch nor megatron-core. `h` is hidden_size, `a` the width of all heads together
 (num_attention_heads x head width), `k` that of all key heads, `f` ffn_hidden_size, `L` num_layers,
-`V` the padded vocabulary, `s` seq_length.
+`V` the padded vocabulary, `s` seq_length, `E` the number of experts.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
 
 from models.config import Activation, LayerNormPlacement, ModelConfig, Normalization
+from models.moe_config import RouterType
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,10 +19,12 @@ class ParameterCount:
     embedding: int  # V x h
     output_layer: int  # V x h, or 0 where it shares the embedding
     attention: int  # linear_qkv and linear_proj, with their biases
-    feed_forward: int  # linear_fc1 and linear_fc2, with their biases
+    feed_forward: int  # of dense layers and shared experts, with their biases
+    routers: int
+    experts: int  # all of them, with their biases and inner norms
+    active_experts: int  # those that a token goes through: router_topk / num_experts of them
     norms: int  # of the layers, and the final one
-    biases: int  # those of the linear layers; part of attention and feed_forward
-    per_layer: int  # all of one layer
+    biases: int  # those of attention and feed_forward, which count them too
 
     @property
     def total(self) -> int:
@@ -29,7 +33,15 @@ class ParameterCount:
     @property
     def non_embedding(self) -> int:
         """Without the embedding and the output layer: the N of most scaling laws."""
-        return self.attention + self.feed_forward + self.norms
+        return self.attention + self.feed_forward + self.routers + self.experts + self.norms
+
+    @property
+    def active(self) -> int:
+        """Of `total`, what one token goes through; all of it in a dense model."""
+        return self.total - self.experts + self.active_experts
+
+
+TORCHSCALE_ROUTER_DIM = 16  # written into its code
 
 
 def padded_vocab_size(vocab_size: int, divisible_by: int) -> int:
@@ -43,7 +55,7 @@ def parameter_count(config: ModelConfig, vocab_size: int | None = None) -> Param
     `vocab_size` is the tokenizer's, before padding; None takes `config.vocab_size`. Raises
     ValueError where both are None.
     """
-    return _count(config, _padded_rows(config, vocab_size), tensor_parallel_size=1)
+    return _count(config, _padded_rows(config, vocab_size))
 
 
 def parameters_on_rank(
@@ -53,25 +65,43 @@ def parameters_on_rank(
     tensor_model_parallel_size: int = 1,
     pipeline_model_parallel_size: int = 1,
     pipeline_rank: int = 0,
+    virtual_pipeline_model_parallel_size: int = 1,
+    expert_model_parallel_size: int = 1,
+    expert_tensor_parallel_size: int = 1,
 ) -> int:
     """Parameters that one rank holds.
 
     Every tensor-parallel rank of a stage holds as many. Split over them are the embedding, the
-    weights of all linear layers, the biases of the column-parallel ones (linear_qkv, linear_fc1)
-    and the sub-LayerNorms, which work on sharded widths; every rank has the other norms and biases
-    whole. With a shared embedding the last stage holds a second copy of it where there is more
-    than one stage. Interleaved stages hold as many layers as plain ones. The sizes must divide
-    what they split, as `pretrain.config.validate` checks.
+    weights of all dense linear layers, the biases of the column-parallel ones (linear_qkv,
+    linear_fc1) and the sub-LayerNorms, which work on sharded widths; every rank has the other norms
+    and biases and the routers whole. Experts are split over expert_model_parallel_size x
+    expert_tensor_parallel_size ranks. With a shared embedding the last stage holds a second copy of
+    it where there is more than one stage. The sizes must divide what they split, as
+    `pretrain.config.validate` checks.
     """
     rows = _padded_rows(config, vocab_size)
-    shard = _count(config, rows, tensor_parallel_size=tensor_model_parallel_size)
-    first = pipeline_rank == 0
-    last = pipeline_rank == pipeline_model_parallel_size - 1
-    parameters = shard.per_layer * config.num_layers // pipeline_model_parallel_size
+    stages, virtual = pipeline_model_parallel_size, virtual_pipeline_model_parallel_size
+    chunk = config.num_layers // (stages * virtual)
+    first, last = pipeline_rank == 0, pipeline_rank == stages - 1
+    layers = [
+        layer
+        for layer in range(config.num_layers)
+        if layer // chunk % stages == pipeline_rank  # interleaved: every stages-th chunk
+    ]
+    shard = _count(
+        config,
+        rows,
+        layers=layers,
+        tensor_parallel_size=tensor_model_parallel_size,
+        expert_ranks=expert_model_parallel_size * expert_tensor_parallel_size,
+    )
+    parameters = shard.non_embedding
     if first:
         parameters += shard.embedding
     if last:
-        parameters += _final_norm(config) + shard.output_layer
+        parameters += shard.output_layer
+    else:
+        parameters -= _final_norm(config)
     if last and not first and config.share_embeddings_and_output_weights:
         parameters += shard.embedding
     return parameters
@@ -88,18 +118,22 @@ def flops_per_token(
     """Floating-point operations that the mathematics of the model asks for, for one token.
 
     A multiply-add counts as two. Forward: 2 x (weights of the linear layers, of the V x h output
-    layer also where it shares the embedding) + 4 x L x a x (keys a token sees), the scores and
-    their sum over values. The backward pass counts twice the forward pass. Left out: the embedding
-    (a look-up), norms, biases, activations, softmax, rotary positions, and any recomputation, so
-    that utilisation by this count is *model* FLOPs utilisation (PaLM, arXiv 2204.02311, appendix
-    B, whose 6N + 12LHQT this equals, but that its N has all parameters).
+    layer also where it shares the embedding, and of the experts that a token is sent to) +
+    4 x L x a x (keys a token sees), the scores and their sum over values. The backward pass counts
+    twice the forward pass. Left out: the embedding (a look-up), norms, biases, activations,
+    softmax, rotary positions, the way of tokens to their experts, and any recomputation, so that
+    utilisation by this count is *model* FLOPs utilisation (PaLM, arXiv 2204.02311, appendix B,
+    whose 6N + 12LHQT this equals, but that its N has all parameters).
 
     A token counts as seeing all `seq_length` keys, as PaLM has it; with `causal`, the
     (seq_length + 1) / 2 that it sees on average. `vocab_size` as in `parameter_count`.
     """
     rows = _padded_rows(config, vocab_size)
-    count = _count(config, rows, tensor_parallel_size=1)
+    count = _count(config, rows)
     weights = count.attention + count.feed_forward - count.biases + rows * config.hidden_size
+    weights += count.routers + len(_sparse(config)) * config.moe.router_topk * _expert_weights(
+        config
+    )
     keys_twice = seq_length + 1 if causal else 2 * seq_length
     heads_width = config.num_attention_heads * config.head_width
     forward = 2 * weights + 2 * config.num_layers * heads_width * keys_twice
@@ -117,40 +151,111 @@ def _padded_rows(config: ModelConfig, vocab_size: int | None) -> int:
     return padded_vocab_size(vocab_size, config.make_vocab_size_divisible_by)
 
 
-def _count(config: ModelConfig, rows: int, *, tensor_parallel_size: int) -> ParameterCount:
-    """All layers as one tensor-parallel rank of `tensor_parallel_size` holds them."""
-    tp = tensor_parallel_size
-    hidden = config.hidden_size
-    heads_width = config.num_attention_heads * config.head_width // tp
-    qkv_width = heads_width + 2 * config.query_groups * config.head_width // tp
-    ffn = config.ffn_hidden_size // tp
-    fc1_width = 2 * ffn if config.activation == Activation.swiglu else ffn
-
-    qkv_bias, proj_bias, fc1_bias, fc2_bias = (
-        (qkv_width, hidden, fc1_width, hidden) if config.add_bias_linear else (0, 0, 0, 0)
-    )
-    attention = hidden * qkv_width + heads_width * hidden + qkv_bias + proj_bias
-    feed_forward = hidden * fc1_width + ffn * hidden + fc1_bias + fc2_bias
-    norms = _norms_per_layer(config, tp)
-    embedding = rows // tp * hidden
-    layers = config.num_layers
-    return ParameterCount(
+def _count(
+    config: ModelConfig,
+    rows: int,
+    *,
+    layers: Iterable[int] | None = None,
+    tensor_parallel_size: int = 1,
+    expert_ranks: int = 1,
+) -> ParameterCount:
+    """These layers (None: all) and the rest, as one rank holds them."""
+    embedding = rows // tensor_parallel_size * config.hidden_size
+    total = ParameterCount(
         embedding=embedding,
         output_layer=0 if config.share_embeddings_and_output_weights else embedding,
-        attention=layers * attention,
-        feed_forward=layers * feed_forward,
-        norms=layers * norms + _final_norm(config),
-        biases=layers * (qkv_bias + proj_bias + fc1_bias + fc2_bias),
-        per_layer=attention + feed_forward + norms,
+        norms=_final_norm(config),
+        **dict.fromkeys(
+            ("attention", "feed_forward", "routers", "experts", "active_experts", "biases"), 0
+        ),
+    )
+    for layer in range(config.num_layers) if layers is None else layers:
+        total = _sum(total, _layer(config, layer, tensor_parallel_size, expert_ranks))
+    return total
+
+
+def _sum(one: ParameterCount, other: ParameterCount) -> ParameterCount:
+    return ParameterCount(
+        **{f.name: getattr(one, f.name) + getattr(other, f.name) for f in fields(ParameterCount)}
     )
 
 
-def _norms_per_layer(config: ModelConfig, tensor_parallel_size: int) -> int:
-    widths = 2 * config.hidden_size
-    if config.layer_norm_placement == LayerNormPlacement.sub_ln:
-        inner = config.num_attention_heads * config.head_width + config.ffn_hidden_size
-        widths += inner // tensor_parallel_size
-    return widths * _vectors_per_norm(config)
+def _layer(config: ModelConfig, layer: int, tp: int, expert_ranks: int) -> ParameterCount:
+    hidden, moe = config.hidden_size, config.moe
+    vectors, sub_ln = _vectors_per_norm(config), _has_sub_ln(config)
+    heads_width = config.num_attention_heads * config.head_width // tp
+    qkv_width = heads_width + 2 * config.query_groups * config.head_width // tp
+    attention_biases = qkv_width + hidden if config.add_bias_linear else 0
+    norms = vectors * (2 * hidden + (heads_width if sub_ln else 0))
+    sparse = layer in _sparse(config)
+    experts = active = routers = 0
+    widths = []  # of the dense feed-forwards
+    if not sparse or moe.sparse_after_layer:
+        widths.append(config.ffn_hidden_size)
+    if sparse:
+        if moe.shared_expert_intermediate_size:
+            widths.append(moe.shared_expert_intermediate_size)
+        experts = moe.num_experts * _expert(config) // expert_ranks
+        active = moe.router_topk * _expert(config) // expert_ranks
+        routers = _router(config)
+    feed_forward = ff_biases = 0
+    for width in widths:
+        biases = _gates(config) * width // tp + hidden if config.add_bias_linear else 0
+        feed_forward += (_gates(config) + 1) * hidden * width // tp + biases
+        ff_biases += biases
+        norms += vectors * width // tp if sub_ln else 0
+    return ParameterCount(
+        embedding=0,
+        output_layer=0,
+        attention=hidden * qkv_width + heads_width * hidden + attention_biases,
+        feed_forward=feed_forward,
+        routers=routers,
+        experts=experts,
+        active_experts=active,
+        norms=norms,
+        biases=attention_biases + ff_biases,
+    )
+
+
+def _expert_weights(config: ModelConfig) -> int:
+    """Weights of one expert that tokens are multiplied with."""
+    width = config.expert_ffn_hidden_size
+    return config.moe.stacked_sublayers * (_gates(config) + 1) * config.hidden_size * width
+
+
+def _expert(config: ModelConfig) -> int:
+    """All parameters of one expert."""
+    hidden, width = config.hidden_size, config.expert_ffn_hidden_size
+    vectors = 0
+    if config.add_bias_linear:
+        vectors += _gates(config) * width + hidden
+    if _has_sub_ln(config):
+        vectors += _vectors_per_norm(config) * width
+    if config.moe.sparse_after_layer:  # each sublayer norms its own input
+        vectors += _vectors_per_norm(config) * hidden
+    return _expert_weights(config) + config.moe.stacked_sublayers * vectors
+
+
+def _router(config: ModelConfig) -> int:
+    hidden, moe = config.hidden_size, config.moe
+    if moe.router is RouterType.xmoe:
+        return moe.dim * (hidden + moe.num_experts) + 1  # and the temperature
+    if moe.router is RouterType.torchscale_xmoe:
+        return TORCHSCALE_ROUTER_DIM * (hidden + moe.num_experts)
+    return moe.num_experts * hidden
+
+
+def _sparse(config: ModelConfig) -> list[int]:
+    return config.moe.sparse_layers(config.num_layers)
+
+
+def _gates(config: ModelConfig) -> int:
+    """Matrices in front of the activation."""
+    return 2 if config.activation is Activation.swiglu else 1
+
+
+def _has_sub_ln(config: ModelConfig) -> bool:
+    return config.layer_norm_placement is LayerNormPlacement.sub_ln
 
 
 def _final_norm(config: ModelConfig) -> int:

@@ -9,6 +9,9 @@ sub_ln (Magneto) differs from pre_ln inside the sublayers: attention's output pr
 second feed-forward matrix each normalise their input, over its full width
 (`parallel.layers.SubLayerNormRowParallelLinear`).
 
+In a sparse layer the feed-forward is a `models.moe_layer.MoELayer`, or, in X-MoE's placement, one
+more sublayer behind the dense feed-forward: x ← x + experts(x), whose norms lie inside the experts.
+
 Attention and feed-forward are megatron-core's modules; this layer takes the place of its
 TransformerLayer inside its TransformerBlock. Activations are sequence-first: [s, b, h].
 """
@@ -20,10 +23,11 @@ from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.config import LayerNormPlacement
 from models.document_segments import DocumentSegments
+from models.moe_layer import MoELayer
 from parallel.megatron import (
     BaseTransformerLayer,
     MegatronModule,
@@ -38,9 +42,10 @@ from parallel.megatron import (
 class TransformerLayerSubmodules:
     norm: Any
     self_attention: ModuleSpec
-    mlp: ModuleSpec
+    mlp: ModuleSpec  # of an MLP or a MoELayer
     placement: LayerNormPlacement
     residual_scale: float
+    sparse: ModuleSpec | None = None  # of a MoELayer behind the dense feed-forward
 
 
 class TransformerLayer(MegatronModule, BaseTransformerLayer):
@@ -76,7 +81,15 @@ class TransformerLayer(MegatronModule, BaseTransformerLayer):
             pg_collection=pg_collection,
         )
         self.pre_mlp_layernorm = submodules.norm(config=config, **width)
-        self.mlp = build_module(submodules.mlp, config=config)
+        place = {"layer_number": self.layer_number, "pg_collection": pg_collection}
+        is_sparse = submodules.mlp.module is MoELayer
+        self.mlp = build_module(submodules.mlp, config=config, **(place if is_sparse else {}))
+        self.sparse = None
+        if submodules.sparse is not None:
+            self.sparse = build_module(submodules.sparse, config=config, **place)
+        for sublayer in (self.mlp, self.sparse):
+            if isinstance(sublayer, MoELayer):
+                sublayer.set_layer_number(self.layer_number)
 
     def forward(
         self,
@@ -93,6 +106,8 @@ class TransformerLayer(MegatronModule, BaseTransformerLayer):
         attention = partial(self._attention, segments=packed_seq_params)
         x = self._residual(hidden_states, attention, self.input_layernorm)
         x = self._residual(x, self.mlp, self.pre_mlp_layernorm)
+        if self.sparse is not None:
+            x = self._residual(x, self.sparse, nn.Identity())
         return x, None
 
     def _attention(

@@ -16,6 +16,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
+from parallel import failure_watch
 from parallel.megatron import dist_checkpointing
 
 PARTIAL_SUFFIX = ".partial"
@@ -100,8 +101,12 @@ def _on_rank_zero(action: Callable[[], None], what: str) -> None:
 
 
 def _on_every_rank(action: Callable[[], Any], what: str) -> None:
-    """Run everywhere; a failure of one rank is raised on all."""
+    """Run everywhere; a failure of one rank is raised on all.
+
+    Ranks that are stuck inside, waiting for the one that failed, are ended by the failure watch.
+    """
     failure: str | None = None
+    watch = failure_watch.current()
     try:
         action()
     except CheckpointException as error:  # a BaseException; holds the cause of each rank
@@ -109,8 +114,12 @@ def _on_every_rank(action: Callable[[], Any], what: str) -> None:
         failure = f"rank {dist.get_rank()}: {causes[0] if causes else error}"
     except Exception as error:
         failure = f"rank {dist.get_rank()}: {type(error).__name__}: {error}"
+        if watch is not None:
+            watch.announce(error)
     failures: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(failures, failure)
+    if failure and watch is not None:
+        watch.withdraw()
     seen = [text for text in failures if text]
     if seen:
         raise CheckpointError(f"could not {what}: {'; '.join(seen[:3])}")

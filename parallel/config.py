@@ -62,12 +62,26 @@ class SubLayerNormReduction(Enum):
     all_reduce = "all_reduce"  # an all-reduce of their own
 
 
+class TokenDispatcher(Enum):
+    """How tokens reach the rank of their expert."""
+
+    alltoall = "alltoall"  # each token travels to the ranks it is for
+    allgather = "allgather"  # every token to every expert-parallel rank
+
+
+class ContextParallelComm(Enum):
+    """How attention sees the whole sequence when ranks hold parts of it."""
+
+    all_gather = "all_gather"  # keys and values of all ranks on each; any number of heads
+    a2a = "a2a"  # Ulysses (arXiv 2309.14509): sequence sharding becomes head sharding
+
+
 @dataclass(kw_only=True)
 class ParallelConfig:
     """Sizes along each parallel axis, in megatron-core's words.
 
     The data-parallel size is not a setting: it is the world size divided by the product of
-    tensor-, context- and pipeline-parallel sizes.
+    tensor-, context- and pipeline-parallel sizes; likewise the expert-data-parallel size.
     """
 
     tensor_model_parallel_size: int = 1
@@ -75,6 +89,12 @@ class ParallelConfig:
     # model chunks on each pipeline rank; above 1 selects the interleaved 1F1B schedule
     virtual_pipeline_model_parallel_size: int = 1
     context_parallel_size: int = 1
+    cp_comm_type: ContextParallelComm = ContextParallelComm.all_gather
+    # Experts are laid out anew over the ranks of a pipeline stage, whatever the tensor, context and
+    # data axes do with the dense layers there: expert-tensor x expert-model x expert-data.
+    expert_model_parallel_size: int = 1
+    expert_tensor_parallel_size: int = 1
+    moe_token_dispatcher_type: TokenDispatcher = TokenDispatcher.alltoall
     # shard activations outside the tensor-parallel matmuls along the sequence
     sequence_parallel: bool = False
     # ZeRO-1: shard optimizer state over the data-parallel ranks
@@ -102,6 +122,8 @@ class ParallelConfig:
                 "parallel.pipeline_model_parallel_size": pipeline,
                 "parallel.virtual_pipeline_model_parallel_size": virtual,
                 "parallel.context_parallel_size": self.context_parallel_size,
+                "parallel.expert_model_parallel_size": self.expert_model_parallel_size,
+                "parallel.expert_tensor_parallel_size": self.expert_tensor_parallel_size,
                 "parallel.recompute_num_layers": self.recompute_num_layers,
             },
             1,
@@ -112,11 +134,6 @@ class ParallelConfig:
                 "parallel.collective_timeout_seconds": self.collective_timeout_seconds,
             }
         )
-        if self.context_parallel_size > 1:
-            problems.append(
-                f"parallel.context_parallel_size={self.context_parallel_size} must be 1: our "
-                "attention does not split the sequence over ranks yet"
-            )
         if self.sequence_parallel and tensor == 1:
             problems.append(
                 "parallel.sequence_parallel=true splits the sequence over the tensor-parallel "

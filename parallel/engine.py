@@ -24,6 +24,9 @@ from parallel.megatron import (
     DistributedDataParallelConfig,
     MegatronModule,
     MegatronOptimizerConfig,
+    ParamGroupOverride,
+    ParamKey,
+    ParamPredicate,
     clip_grad_by_total_norm_fp32,
     finalize_model_grads,
     get_forward_backward_func,
@@ -121,6 +124,7 @@ class MegatronEngine:
                 overlap_param_gather=parallel.overlap_param_gather,
             ),
             list(self.chunks),
+            config_overrides=_without_weight_decay(),
         )
         adam.initialize_state(self.optimizer)
         for group in self.optimizer.param_groups:
@@ -213,10 +217,16 @@ class MegatronEngine:
                 clip_grad_by_total_norm_fp32(
                     parameters, max_norm=optimizer.config.clip_grad, total_norm=grad_norm
                 )
-        return StepResult(grad_norm, applied=bool(self.optimizer.step_with_ready_grads()))
+        applied = bool(self.optimizer.step_with_ready_grads())
+        if applied:
+            for module in self._modules_with("after_optimizer_step"):
+                module.after_optimizer_step()
+        return StepResult(grad_norm, applied)
 
     def sharded_state_dict(self, *, is_loading: bool = False) -> dict[str, Any]:
         """Weights and optimizer state as megatron-core's sharded tensors, layout-free keys."""
+        if not is_loading:
+            self._settle()
         metadata = checkpoint_metadata()
         # one dictionary per chunk: their keys are layer numbers within the chunk
         state: dict[str, Any] = {
@@ -229,12 +239,35 @@ class MegatronEngine:
         )
         return state
 
+    def _settle(self) -> None:
+        """Bring the weights to what the next forward pass would use."""
+        if self.parallel.overlap_param_gather:
+            for chunk in self.chunks:  # the gather of the last step waits for that forward pass
+                chunk.start_param_sync(force_sync=True)
+        for module in self._modules_with("settle"):
+            module.settle()
+
+    def _modules_with(self, method: str) -> Iterator[Any]:
+        for chunk in self.chunks:
+            yield from (module for module in chunk.modules() if hasattr(module, method))
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `parallel.checkpoint_io.load` filled in."""
         for index, chunk in enumerate(self.chunks):
             chunk.module.load_state_dict(state[f"model{index}"], strict=True)
         with torch.no_grad():  # fp32 master weights may be views of parameters
             self.optimizer.load_state_dict(state["optimizer"])
+
+
+def _without_weight_decay() -> dict[ParamKey, ParamGroupOverride]:
+    """megatron-core's rule (vectors and names in ".bias"), and parameters marked
+    `no_weight_decay`: biases and norms of experts are stacked into matrices."""
+    key = ParamKey(
+        name="*.bias",
+        attr="no_weight_decay",
+        predicate=ParamPredicate("vector", lambda parameter: parameter.dim() == 1),
+    )
+    return {key: ParamGroupOverride(wd_mult=0.0)}
 
 
 def _count_padding_between_buckets(chunks: Sequence[Any]) -> None:

@@ -37,6 +37,8 @@ with cpu_bridge.fast_import(), warnings.catch_warnings():
     from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
     from megatron.core.optimizer import get_megatron_optimizer
     from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+    from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
+    from megatron.core.optimizer_param_scheduler import ParamGroupOverride
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.tensor_parallel.layers import (
@@ -57,6 +59,15 @@ with cpu_bridge.fast_import(), warnings.catch_warnings():
     from megatron.core.transformer.enums import AttnMaskType
     from megatron.core.transformer.mlp import MLP, MLPSubmodules
     from megatron.core.transformer.module import Float16Module, MegatronModule
+    from megatron.core.transformer.moe.moe_layer import MoESubmodules
+    from megatron.core.transformer.moe.moe_utils import (
+        MoEAuxLossAutoScaler,
+        topk_routing_with_score_function,
+    )
+    from megatron.core.transformer.moe.token_dispatcher import (
+        MoEAllGatherTokenDispatcher,
+        MoEAlltoAllTokenDispatcher,
+    )
     from megatron.core.transformer.spec_utils import ModuleSpec, build_module
     from megatron.core.transformer.transformer_block import (
         TransformerBlock,
@@ -99,8 +110,15 @@ __all__ = [
     "MLPSubmodules",
     "MegatronModule",
     "MegatronOptimizerConfig",
+    "MoEAllGatherTokenDispatcher",
+    "MoEAlltoAllTokenDispatcher",
+    "MoEAuxLossAutoScaler",
+    "MoESubmodules",
     "ModelType",
     "ModuleSpec",
+    "ParamGroupOverride",
+    "ParamKey",
+    "ParamPredicate",
     "ProcessGroupCollection",
     "RowParallelLinear",
     "SelfAttention",
@@ -133,4 +151,5 @@ __all__ = [
     "set_tensor_model_parallel_attributes",
     "sharded_state_dict_default",
     "tensor_parallel",
+    "topk_routing_with_score_function",
 ]

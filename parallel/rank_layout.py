@@ -5,9 +5,15 @@ the tensor-parallel coordinate varies fastest and the pipeline stage slowest,
 
     rank = tp + TP * (cp + CP * (dp + DP * pp))
 
-so that the ranks that talk most sit on one node. Imports neither torch nor megatron-core.
+so that the ranks that talk most sit on one node. Experts are laid out over the same ranks a second
+time: the TP x CP x DP ranks of a pipeline stage are, for the experts there,
+
+    rank = etp + ETP * (ep + EP * (edp + EDP * pp))
+
+expert-tensor, expert-model and expert-data coordinates. Imports neither torch nor megatron-core.
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,6 +29,15 @@ class Coordinates(NamedTuple):
     pp: int
 
 
+class ExpertCoordinates(NamedTuple):
+    """Place of one rank among those that share the experts."""
+
+    etp: int
+    ep: int
+    edp: int
+    pp: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class RankLayout:
     """Sizes of the axes; `data_parallel_size` is what the others leave of the world.
@@ -34,6 +49,8 @@ class RankLayout:
     tensor_model_parallel_size: int = 1
     context_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
+    expert_model_parallel_size: int = 1
+    expert_tensor_parallel_size: int = 1
 
     def __post_init__(self) -> None:
         problems = below(
@@ -42,11 +59,15 @@ class RankLayout:
                 "parallel.tensor_model_parallel_size": self.tensor_model_parallel_size,
                 "parallel.context_parallel_size": self.context_parallel_size,
                 "parallel.pipeline_model_parallel_size": self.pipeline_model_parallel_size,
+                "parallel.expert_model_parallel_size": self.expert_model_parallel_size,
+                "parallel.expert_tensor_parallel_size": self.expert_tensor_parallel_size,
             },
             1,
         )
         if not problems and self.world_size % self.model_replica_size:
             problems.append(self._wrong_world_size())
+        elif not problems and self.ranks_per_stage % self.expert_replica_size:
+            problems.append(self._experts_do_not_fit())
         if problems:
             raise ConfigError(*problems)
 
@@ -57,6 +78,8 @@ class RankLayout:
             tensor_model_parallel_size=config.tensor_model_parallel_size,
             context_parallel_size=config.context_parallel_size,
             pipeline_model_parallel_size=config.pipeline_model_parallel_size,
+            expert_model_parallel_size=config.expert_model_parallel_size,
+            expert_tensor_parallel_size=config.expert_tensor_parallel_size,
         )
 
     @property
@@ -73,6 +96,30 @@ class RankLayout:
         return self.world_size // self.model_replica_size
 
     @property
+    def ranks_per_stage(self) -> int:
+        """Ranks of one pipeline stage, TP x CP x DP, which its experts are laid out over."""
+        return self.world_size // self.pipeline_model_parallel_size
+
+    @property
+    def expert_replica_size(self) -> int:
+        """Ranks of a stage that hold one copy of its experts together: ETP x EP."""
+        return self.expert_tensor_parallel_size * self.expert_model_parallel_size
+
+    @property
+    def expert_data_parallel_size(self) -> int:
+        return self.ranks_per_stage // self.expert_replica_size
+
+    @property
+    def expert_sizes(self) -> ExpertCoordinates:
+        """Size of each axis of the experts; those of megatron-core's RankGenerator with cp = 1."""
+        return ExpertCoordinates(
+            etp=self.expert_tensor_parallel_size,
+            ep=self.expert_model_parallel_size,
+            edp=self.expert_data_parallel_size,
+            pp=self.pipeline_model_parallel_size,
+        )
+
+    @property
     def sizes(self) -> Coordinates:
         """Size of each axis; those of megatron-core's RankGenerator with ep = 1."""
         return Coordinates(
@@ -84,13 +131,11 @@ class RankLayout:
 
     def coordinates(self, rank: int) -> Coordinates:
         """Where `rank` sits. Raises ValueError for a rank outside the world."""
-        if not 0 <= rank < self.world_size:
-            raise ValueError(f"rank {rank} is not among the {self.world_size} ranks of the world")
-        places = []
-        for size in self.sizes:  # fastest axis first
-            rank, place = divmod(rank, size)
-            places.append(place)
-        return Coordinates(*places)
+        return Coordinates(*self._places(rank, self.sizes))
+
+    def expert_coordinates(self, rank: int) -> ExpertCoordinates:
+        """Where `rank` sits among the experts. Raises ValueError for a rank outside the world."""
+        return ExpertCoordinates(*self._places(rank, self.expert_sizes))
 
     def rank(self, *, tp: int = 0, cp: int = 0, dp: int = 0, pp: int = 0) -> int:
         """The rank at these coordinates: the inverse of `coordinates`."""
@@ -101,20 +146,57 @@ class RankLayout:
         """Ranks that differ only along `axes`, ascending, as one list for each group.
 
         `groups("tp")` are the tensor-parallel groups, `groups("dp", "cp")` those over which
-        gradients are reduced. Raises ValueError for an axis that is not tp, cp, dp or pp.
+        gradients are reduced; `groups("ep")` hand tokens to each other, and `groups("edp")` reduce
+        the gradients of experts. Raises ValueError for an axis that does not exist, and for axes of
+        the dense layers (tp, cp, dp, pp) mixed with those of the experts (etp, ep, edp, pp).
         """
-        for axis in axes:
-            if axis not in Coordinates._fields:
-                raise ValueError(f"no axis is called {axis!r}; choose from tp, cp, dp and pp")
-        members: dict[Coordinates, list[int]] = {}
-        for rank in range(self.world_size):
-            shared = self.coordinates(rank)._replace(**dict.fromkeys(axes, 0))
+        places: list[Coordinates | ExpertCoordinates]
+        if set(axes) <= set(Coordinates._fields):
+            places = [self.coordinates(rank) for rank in range(self.world_size)]
+        elif set(axes) <= set(ExpertCoordinates._fields):
+            places = [self.expert_coordinates(rank) for rank in range(self.world_size)]
+        else:
+            raise ValueError(
+                f"no group runs along {', '.join(axes)}: choose from tp, cp, dp and pp, or for "
+                "experts from etp, ep, edp and pp"
+            )
+        members: dict[Coordinates | ExpertCoordinates, list[int]] = {}
+        for rank, place in enumerate(places):
+            shared = place._replace(**dict.fromkeys(axes, 0))
             members.setdefault(shared, []).append(rank)
         return list(members.values())
 
     def group_of(self, rank: int, *axes: str) -> list[int]:
         """The group along `axes` that `rank` belongs to."""
         return next(group for group in self.groups(*axes) if rank in group)
+
+    def _places(self, rank: int, sizes: Coordinates | ExpertCoordinates) -> list[int]:
+        if not 0 <= rank < self.world_size:
+            raise ValueError(f"rank {rank} is not among the {self.world_size} ranks of the world")
+        places = []
+        for size in sizes:  # fastest axis first
+            rank, place = divmod(rank, size)
+            places.append(place)
+        return places
+
+    def _experts_do_not_fit(self) -> str:
+        ranks, ep = self.ranks_per_stage, self.expert_model_parallel_size
+        etp = self.expert_tensor_parallel_size
+        typed = f"parallel.expert_model_parallel_size={ep}"
+        if etp > 1:
+            typed += f" x parallel.expert_tensor_parallel_size={etp}"
+        fits = [str(size) for size in range(1, ranks + 1) if ranks % size == 0]
+        return (
+            f"{typed} must divide the {ranks} ranks of a pipeline stage, tensor "
+            f"{self.tensor_model_parallel_size} x context {self.context_parallel_size} x data "
+            f"{self.data_parallel_size}; "
+            + (f"the divisors are {', '.join(fits)}" if ranks > 1 else "only 1 does")
+            + f", or start a multiple of {math.lcm(self.model_replica_size, self._unit)} processes"
+        )
+
+    @property
+    def _unit(self) -> int:
+        return self.expert_replica_size * self.pipeline_model_parallel_size
 
     def _wrong_world_size(self) -> str:
         replica, world = self.model_replica_size, self.world_size

@@ -112,11 +112,18 @@ class Runtime:
         return (
             f"rank {self.rank} of {self.world_size} on {platform.node()}:"
             f" tensor {self.tensor_parallel_size} x pipeline {self.pipeline_parallel_size}"
-            f" x context {self.context_parallel_size} x data {self.data_parallel_size},"
+            f" x context {self.context_parallel_size} x data {self.data_parallel_size}"
+            f"{self._experts()},"
             f" {device}, {self.backend}, torch {torch.__version__},"
             f" megatron-core {version('megatron-core')},"
             f" start-up {sum(self.startup_seconds.values()):.2f} s"
         )
+
+    def _experts(self) -> str:
+        sizes = self.groups.expt_tp.size(), self.groups.ep.size(), self.groups.expt_dp.size()
+        if sizes[:2] == (1, 1):
+            return ""
+        return " (experts: tensor {} x expert {} x data {})".format(*sizes)
 
 
 _current: Runtime | None = None
@@ -186,6 +193,8 @@ def initialize(config: ParallelConfig, seed: int) -> Runtime:
                 # 1 is not "off" to megatron-core: it refuses any number without a pipeline
                 virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
                 context_parallel_size=config.context_parallel_size,
+                expert_model_parallel_size=config.expert_model_parallel_size,
+                expert_tensor_parallel_size=config.expert_tensor_parallel_size,
                 distributed_timeout_minutes=config.collective_timeout_seconds / 60,
             )
         with stages.stage("first collective"):

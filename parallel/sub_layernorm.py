@@ -132,7 +132,7 @@ class SubLayerNormRowParallelLinear(RowParallelLinear):
                 self.tp_group,
             )
         else:
-            return super().forward(_ShardedNorm.apply(input_, *norm, self.tp_group))
+            return super().forward(ShardedNorm.apply(input_, *norm, self.tp_group))
         if self.skip_bias_add:
             return y, self.bias
         return (y if self.bias is None else y + self.bias), None
@@ -403,7 +403,7 @@ class _FoldedNormLinear(torch.autograd.Function):
         return (dx.to(x.dtype).view_as(x), dw, dg, db, *(None,) * 5)
 
 
-class _ShardedNorm(torch.autograd.Function):
+class ShardedNorm(torch.autograd.Function):
     """Norm over the full width of x [s, b, N/P]; one all-reduce of [t, 2 P] fp32 numbers (RMSNorm:
     [t, P]) forward and one of [2, t] backward."""
 

@@ -12,6 +12,7 @@ from models.config import ModelConfig
 from models.parameter_count import padded_vocab_size
 from parallel.config import (
     ConfigError,
+    ContextParallelComm,
     OptimizerConfig,
     ParallelConfig,
     RecomputeGranularity,
@@ -73,6 +74,8 @@ class TrainConfig:
     log_interval: int = 1  # steps
     eval_interval: int = 100  # steps; 0: only at the start and the end
     eval_sequences: int = 64  # validation sequences per language, at most
+    # steps between two reports on the routers of a model with experts (docs/moe.md); 0: none
+    router_health_interval: int = 10
 
     def __post_init__(self) -> None:
         problems = below(
@@ -86,7 +89,11 @@ class TrainConfig:
             1,
         )
         problems += below(
-            {"train.seed": self.seed, "train.eval_interval": self.eval_interval},
+            {
+                "train.seed": self.seed,
+                "train.eval_interval": self.eval_interval,
+                "train.router_health_interval": self.router_health_interval,
+            },
             0,
         )
         if problems:
@@ -162,7 +169,9 @@ def validate(config: PretrainConfig, world_size: int) -> RankLayout:
         layout = RankLayout.of(config.parallel, world_size)
     except ConfigError as error:
         problems += error.problems
-    problems += _tensor_parallel(config) + _pipeline_parallel(config) + _sequence(config)
+    problems += _tensor_parallel(config) + _pipeline_parallel(config)
+    problems += _context_parallel(config) + _sequence(config)
+    problems += _experts(config)
     if layout is not None:
         problems += _batch(config, layout.data_parallel_size)
     problems += _learning_rate(config)
@@ -195,6 +204,58 @@ def _tensor_parallel(config: PretrainConfig) -> list[str]:
     ]
 
 
+def _experts(config: PretrainConfig) -> list[str]:
+    model, parallel, moe = config.model, config.parallel, config.model.moe
+    ep, etp = parallel.expert_model_parallel_size, parallel.expert_tensor_parallel_size
+    typed = {
+        f"parallel.expert_model_parallel_size={ep}": ep,
+        f"parallel.expert_tensor_parallel_size={etp}": etp,
+    }
+    if moe.num_experts == 0:
+        split = [name for name, size in typed.items() if size > 1]
+        if not split:
+            return []
+        return [
+            f"{_and(split)} shares out experts, and {model.name} has none; use 1, or a model with "
+            "experts such as +model=xmoe_tiny"
+        ]
+    problems = []
+    if moe.num_experts % ep:
+        problems.append(
+            f"parallel.expert_model_parallel_size={ep} must divide model.moe.num_experts="
+            f"{moe.num_experts}; {_which_do(_divisors(moe.num_experts))}"
+        )
+    widths = {
+        f"the width of an expert, {model.expert_ffn_hidden_size}": model.expert_ffn_hidden_size,
+        f"model.hidden_size={model.hidden_size}": model.hidden_size,
+    }
+    broken = [name for name, width in widths.items() if width % etp]
+    if broken:
+        problems.append(
+            f"parallel.expert_tensor_parallel_size={etp} must divide {_and(broken)}; "
+            f"{_which_do(_divisors(math.gcd(*widths.values())))}"
+        )
+    if etp > 1 and moe.sparse_after_layer:
+        problems.append(
+            f"parallel.expert_tensor_parallel_size={etp} must be 1 with model.moe."
+            f"sparse_after_layer={moe.sparse_after_layer}: the norms inside its experts are not "
+            "split; use parallel.expert_model_parallel_size"
+        )
+    tp, shared = parallel.tensor_model_parallel_size, moe.shared_expert_intermediate_size
+    if shared % tp:
+        problems.append(
+            f"parallel.tensor_model_parallel_size={tp} must divide "
+            f"model.moe.shared_expert_intermediate_size={shared}; "
+            f"{_which_do(_divisors(shared))}"
+        )
+    if tp > 1 and not parallel.sequence_parallel:
+        problems.append(
+            f"parallel.tensor_model_parallel_size={tp} needs parallel.sequence_parallel=true in a "
+            "model with experts: every tensor-parallel rank would send the same tokens to them"
+        )
+    return problems
+
+
 def _pipeline_parallel(config: PretrainConfig) -> list[str]:
     parallel, layers = config.parallel, config.model.num_layers
     pipeline = parallel.pipeline_model_parallel_size
@@ -221,6 +282,35 @@ def _pipeline_parallel(config: PretrainConfig) -> list[str]:
     return []
 
 
+def _context_parallel(config: PretrainConfig) -> list[str]:
+    model, parallel = config.model, config.parallel
+    size, tensor = parallel.context_parallel_size, parallel.tensor_model_parallel_size
+    if size == 1:
+        return []
+    problems = []
+    if config.data.packing.reset_attention:
+        problems.append(
+            f"data.packing.reset_attention=true needs parallel.context_parallel_size=1, not {size}:"
+            " a document that lies on several ranks cannot be told from its neighbours yet; use "
+            "that, or data.packing.reset_attention=false"
+        )
+    shared = math.gcd(model.num_attention_heads, model.query_groups)
+    if parallel.cp_comm_type is not ContextParallelComm.a2a or shared % tensor:
+        return problems  # if the tensor size does not fit, it has been told
+    heads = {f"model.num_attention_heads={model.num_attention_heads}": model.num_attention_heads}
+    if model.num_query_groups is not None:
+        heads[f"model.num_query_groups={model.query_groups}"] = model.query_groups
+    broken = [name for name, count in heads.items() if count // tensor % size]
+    if broken:
+        problems.append(
+            f"parallel.context_parallel_size={size} must divide {_and(broken)}"
+            + (f" over parallel.tensor_model_parallel_size={tensor}" if tensor > 1 else "")
+            + " under parallel.cp_comm_type=a2a, which shares out the heads; "
+            f"{_which_do(_divisors(shared // tensor))}, or use parallel.cp_comm_type=all_gather"
+        )
+    return problems
+
+
 def _sequence(config: PretrainConfig) -> list[str]:
     length, longest = config.seq_length, config.model.max_position_embeddings
     typed = f"data.seq_length={length}"
@@ -230,11 +320,19 @@ def _sequence(config: PretrainConfig) -> list[str]:
             f"{typed} must not exceed model.max_position_embeddings={longest}; use {longest} or "
             "less, or a model made for longer sequences"
         )
-    tensor = config.parallel.tensor_model_parallel_size
-    if config.parallel.sequence_parallel and length % tensor:
+    unit, factors = 1, []
+    if config.parallel.context_parallel_size > 1:
+        unit *= 2 * config.parallel.context_parallel_size  # each rank holds two chunks
+        factors.append(f"2 x parallel.context_parallel_size={unit // 2}")
+    if config.parallel.sequence_parallel:
+        unit *= config.parallel.tensor_model_parallel_size
+        factors.append(
+            f"parallel.tensor_model_parallel_size={config.parallel.tensor_model_parallel_size} "
+            "under parallel.sequence_parallel=true"
+        )
+    if length % unit:
         problems.append(
-            f"{typed} must be a multiple of parallel.tensor_model_parallel_size={tensor} under "
-            f"parallel.sequence_parallel=true; use {_neighbours(length, tensor)}"
+            f"{typed} must be a multiple of {' x '.join(factors)}; use {_neighbours(length, unit)}"
         )
     return problems
 

@@ -25,6 +25,7 @@ from models.build import build_model
 from models.parameter_count import flops_per_token
 from parallel.accelerators import check_apex, find_accelerators
 from parallel.engine import MegatronEngine
+from parallel.failure_watch import FailureWatch
 from parallel.precision import parameter_dtype
 from parallel.runtime import Runtime, initialize, shutdown
 from pretrain.checkpoint import Checkpoints
@@ -46,70 +47,75 @@ def run(config: PretrainConfig) -> Outcome:
     with StopSignal(announce=partial(print, flush=True) if _is_rank_zero() else None) as stop:
         check_apex()
         runtime = initialize(config.parallel, config.train.seed)
-        run_dir = Path(config.run_dir)
-
-        data = prepare_data(config, runtime)
-        chunks = build_model(
-            config.model,
-            config.parallel,
-            runtime,
-            vocab_size=vocab_size(config, data),
-            seed=config.train.seed,
-        )
-        engine = MegatronEngine(chunks, config.parallel, config.optimizer, runtime)
-
-        checkpoints = Checkpoints(
-            run_dir / "checkpoints", config.checkpoint, identity(config, data)
-        )
-        state = checkpoints.resume(engine)  # reads only: a refused resume leaves no trace
-        record_run(config, data, runtime, run_dir, resumed_step=state.step)
-        tracker = make_tracker(
-            config.wandb,
-            run_dir,
-            runtime.rank,
-            asdict_plain(config),
-            resumed_step=state.step or None,
-        )
-        loop = TrainLoop(
-            config=config,
-            engine=engine,
-            runtime=runtime,
-            data=data,
-            loader=train_loader(config, data, runtime),
-            validation=data.validation_set(
-                sequences_per_language=config.train.eval_sequences,
-                micro_batch_size=config.train.micro_batch_size,
-                data_parallel_rank=runtime.data_parallel_rank,
-                data_parallel_size=runtime.data_parallel_size,
-                micro_batch_multiple=runtime.pipeline_parallel_size,
-            ),
-            checkpoints=checkpoints,
-            tracker=tracker,
-            meter=throughput_meter(config, data, runtime),
-            progress=Progress(
-                config.train.train_steps,
-                start_step=state.step,
-                enabled=runtime.rank == 0,
-                log_interval=config.train.log_interval,
-            ),
-            ledger=Ledger(run_dir) if runtime.rank == 0 else None,
-        )
-        loop.progress.message(runtime.describe())
-        for line in accelerator_lines(runtime):
-            loop.progress.message(line)
-        finished = False
-        try:
-            outcome = loop.run(state, stop)
-            finished = True
-        finally:
-            if isinstance(loop.loader, PrefetchLoader):
-                loop.loader.close()
-            loop.progress.close()
-            tracker.close(failed=not finished)
-        if runtime.rank == 0:
-            report(outcome, run_dir, config)
+        with FailureWatch(runtime):
+            outcome = train(config, runtime, stop)
         shutdown(runtime)
         return outcome
+
+
+def train(config: PretrainConfig, runtime: Runtime, stop: StopSignal) -> Outcome:
+    """What all ranks do together between start-up and shutdown."""
+    run_dir = Path(config.run_dir)
+
+    data = prepare_data(config, runtime)
+    chunks = build_model(
+        config.model,
+        config.parallel,
+        runtime,
+        vocab_size=vocab_size(config, data),
+        seed=config.train.seed,
+    )
+    engine = MegatronEngine(chunks, config.parallel, config.optimizer, runtime)
+
+    checkpoints = Checkpoints(run_dir / "checkpoints", config.checkpoint, identity(config, data))
+    state = checkpoints.resume(engine)  # reads only: a refused resume leaves no trace
+    record_run(config, data, runtime, run_dir, resumed_step=state.step)
+    tracker = make_tracker(
+        config.wandb,
+        run_dir,
+        runtime.rank,
+        asdict_plain(config),
+        resumed_step=state.step or None,
+    )
+    loop = TrainLoop(
+        config=config,
+        engine=engine,
+        runtime=runtime,
+        data=data,
+        loader=train_loader(config, data, runtime),
+        validation=data.validation_set(
+            sequences_per_language=config.train.eval_sequences,
+            micro_batch_size=config.train.micro_batch_size,
+            data_parallel_rank=runtime.data_parallel_rank,
+            data_parallel_size=runtime.data_parallel_size,
+            micro_batch_multiple=runtime.pipeline_parallel_size,
+        ),
+        checkpoints=checkpoints,
+        tracker=tracker,
+        meter=throughput_meter(config, data, runtime),
+        progress=Progress(
+            config.train.train_steps,
+            start_step=state.step,
+            enabled=runtime.rank == 0,
+            log_interval=config.train.log_interval,
+        ),
+        ledger=Ledger(run_dir) if runtime.rank == 0 else None,
+    )
+    loop.progress.message(runtime.describe())
+    for line in accelerator_lines(runtime):
+        loop.progress.message(line)
+    finished = False
+    try:
+        outcome = loop.run(state, stop)
+        finished = True
+    finally:
+        if isinstance(loop.loader, PrefetchLoader):
+            loop.loader.close()
+        loop.progress.close()
+        tracker.close(failed=not finished)
+    if runtime.rank == 0:
+        report(outcome, run_dir, config)
+    return outcome
 
 
 def prepare_data(config: PretrainConfig, runtime: Runtime) -> Data:
@@ -236,13 +242,14 @@ def next_steps(run_dir: Path, config: PretrainConfig) -> list[str]:
     python = os.path.relpath(sys.executable)
     python = sys.executable if python.startswith("..") else python
     model, steps = config.model.name, config.train.train_steps
+    other = "ep2" if config.model.moe.num_experts else "tp2"
     changed = ("run_dir=", "parallel=", "parallel.", "train.train_steps=")
     said = [shlex.quote(word) for word in sys.argv[1:] if not word.startswith(changed)]
     start = " ".join(["launch/pretrain.py", *said])
     return [
         f'{python} -m launch.generate {run_dir} "The page you"',
-        f"{python} -m torch.distributed.run --standalone --nproc-per-node 2 {start} parallel=tp2 "
-        f"train.train_steps={steps} run_dir=runs/{model}-tp2",
+        f"{python} -m torch.distributed.run --standalone --nproc-per-node 2 {start} "
+        f"parallel={other} train.train_steps={steps} run_dir=runs/{model}-{other}",
         f"{python} {start} parallel=single train.train_steps={2 * steps} run_dir={run_dir}",
     ]
 

@@ -30,6 +30,9 @@ class Tracker(Protocol):
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record `metrics` at `step`, the number of optimizer steps taken."""
 
+    def log_table(self, step: int, name: str, columns: list[str], rows: list[list[Any]]) -> None:
+        """Show a table where the tracker can; who calls keeps it in a file of its own."""
+
     def close(self, failed: bool = False) -> None:
         """Flush and end, `failed` after an error; a second call is harmless."""
 
@@ -40,26 +43,28 @@ class NullTracker:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         pass
 
+    def log_table(self, step: int, name: str, columns: list[str], rows: list[list[Any]]) -> None:
+        pass
+
     def close(self, failed: bool = False) -> None:
         pass
 
 
-class MetricsFile:
-    """`run_dir`/metrics.jsonl: one JSON object a line, {"step", "time" (Unix seconds), metrics...}.
+class StepLines:
+    """A file of one JSON object a line, each with a "step", that survives crashes and resumes.
 
     Each line is handed to the operating system at once, so killing the process loses none; only a
-    power loss may. Values that are not finite become null: JSON has no NaN.
+    power loss may.
 
     A run resumed from step k takes the steps after k again, so their old lines are dropped, as is
-    a line cut off by a crash; the file is rewritten atomically. One step may have several lines
-    (training, evaluation), and the last line holding a name counts.
+    a line cut off by a crash; the file is rewritten atomically.
 
     Args:
         resumed_step: step of the checkpoint; None: a run from its start, old lines all go.
     """
 
-    def __init__(self, run_dir: str | Path, resumed_step: int | None = None) -> None:
-        self.path = Path(run_dir) / METRICS_FILE
+    def __init__(self, path: str | Path, resumed_step: int | None = None) -> None:
+        self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
             old = self.path.read_text(encoding="utf-8")
@@ -68,15 +73,37 @@ class MetricsFile:
                 atomic_write_text(self.path, kept)
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115  closed by close()
 
+    def write(self, record: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class MetricsFile:
+    """`run_dir`/metrics.jsonl: one JSON object a line, {"step", "time" (Unix seconds), metrics...}.
+
+    `StepLines` says what crashes and resumes do to it. Values that are not finite become null: JSON
+    has no NaN. One step may have several lines (training, evaluation), and the last line holding a
+    name counts. Tables are not written here.
+    """
+
+    def __init__(self, run_dir: str | Path, resumed_step: int | None = None) -> None:
+        self._lines = StepLines(Path(run_dir) / METRICS_FILE, resumed_step)
+        self.path = self._lines.path
+
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         record: dict[str, Any] = {"step": step, "time": round(time.time(), 3)}
         for name, value in metrics.items():
             record[name] = value if math.isfinite(value) else None
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        self._lines.write(record)
+
+    def log_table(self, step: int, name: str, columns: list[str], rows: list[list[Any]]) -> None:
+        pass
 
     def close(self, failed: bool = False) -> None:
-        self._file.close()
+        self._lines.close()
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
@@ -215,6 +242,17 @@ class WandbTracker:
         except Exception as error:
             self._give_up("failed", error)
 
+    def log_table(self, step: int, name: str, columns: list[str], rows: list[list[Any]]) -> None:
+        if self._run is None or step < self._first_step:
+            return
+        try:
+            import wandb
+
+            table = wandb.Table(columns=[*columns], data=rows)
+            self._run.log({"step": step, name: table}, step=step)
+        except Exception as error:
+            self._give_up("failed", error)
+
     def close(self, failed: bool = False) -> None:
         if self._run is None:
             return
@@ -248,6 +286,10 @@ class _Trackers:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         for tracker in self._trackers:
             tracker.log(step, metrics)
+
+    def log_table(self, step: int, name: str, columns: list[str], rows: list[list[Any]]) -> None:
+        for tracker in self._trackers:
+            tracker.log_table(step, name, columns, rows)
 
     def close(self, failed: bool = False) -> None:
         for tracker in self._trackers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 from data.ledger import Ledger
@@ -15,6 +16,7 @@ from pretrain.config import PretrainConfig
 from pretrain.evaluate import evaluate
 from pretrain.learning_rate import learning_rate
 from pretrain.progress import Progress
+from pretrain.router_report import RouterReport
 from pretrain.stop_signal import StopSignal
 from pretrain.throughput import ThroughputMeter, peak_memory_bytes
 from pretrain.tracker import Tracker
@@ -48,6 +50,7 @@ class TrainLoop:
     meter: ThroughputMeter
     progress: Progress
     ledger: Ledger | None = None  # on the one rank that writes it
+    router: RouterReport | None = None  # of a model with experts
     skipped_updates: int = 0  # in a row
 
     def run(self, state: TrainState, stop: StopSignal) -> Outcome:
@@ -61,6 +64,7 @@ class TrainLoop:
             metrics = self._step(state, stop)
             stopping = metrics.stop_requested
             last = state.step == last_step
+            self._report_routing(state, last or stopping)
             if last or stopping or self.checkpoints.due(state.step):
                 path = self.checkpoints.save(self.engine, state)
                 self.progress.message(f"saved {path}")
@@ -70,6 +74,15 @@ class TrainLoop:
         if stopping and state.step < last_step:
             outcome.stopped_by = stop.requested or "a signal on another rank"
         return outcome
+
+    def _report_routing(self, state: TrainState, ending: bool) -> None:
+        """What routers did since the last report; the table of experts and families more rarely."""
+        if self.router is None:
+            return
+        if ending or self.router.due(state.step):
+            self.tracker.log(state.step, self.router.training_metrics(state.step))
+        if ending or self._evaluation_due(state.step):
+            self.router.write_table(self.tracker)
 
     def _step(self, state: TrainState, stop: StopSignal) -> StepMetrics:
         train = self.config.train
@@ -164,6 +177,10 @@ class TrainLoop:
         return interval > 0 and step % interval == 0
 
     def _evaluate(self, state: TrainState) -> dict[str, float]:
-        result = evaluate(self.engine, self.validation, self.data, self.runtime)
+        router = self.router
+        with router.probing(self.validation) if router else nullcontext():
+            result = evaluate(self.engine, self.validation, self.data, self.runtime)
+        if router is not None:
+            result |= router.evaluation_metrics()
         self.tracker.log(state.step, result)
         return result

@@ -8,10 +8,12 @@ from functools import partial
 from typing import Any, TypedDict
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from data.batch import Batch
 from models.language_model import LossOutput
+from parallel.context_parallel import context_parallel_group, shard_sequence
 from parallel.engine import Engine
 from parallel.runtime import Runtime
 from pretrain.loss import LanguageLosses
@@ -32,8 +34,14 @@ def forward_step(
 ) -> tuple[Any, Any]:
     """megatron-core's forward-step protocol: model output, and the loss as a function of it."""
     batch = to_device(next(micro_batches), device)
+    batch = context_parallel_part(batch, context_parallel_group(model))
     output = model(
-        batch.tokens, batch.labels, batch.loss_mask, batch.documents, batch.reset_positions
+        batch.tokens,
+        batch.labels,
+        batch.loss_mask,
+        batch.documents,
+        batch.reset_positions,
+        language_ids=batch.language_ids,
     )
     return output, partial(loss_of, batch)
 
@@ -53,6 +61,26 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
         labels=move(batch.labels),
         loss_mask=move(batch.loss_mask),
         language_ids=move(batch.language_ids),
+    )
+
+
+def context_parallel_part(batch: Batch, group: dist.ProcessGroup) -> Batch:
+    """The tokens, labels and mask which this rank of a context-parallel group works on: [b, s/cp].
+
+    Every rank of the group has the whole batch, and each token is counted by one of them.
+    """
+    size = group.size()
+    if size == 1:
+        return batch
+
+    def mine(tensor: Tensor) -> Tensor:
+        return shard_sequence(tensor, group.rank(), size, dim=1)
+
+    return replace(
+        batch,
+        tokens=mine(batch.tokens),
+        labels=mine(batch.labels),
+        loss_mask=mine(batch.loss_mask),
     )
 
 
@@ -105,8 +133,9 @@ def reduce_losses(
 ) -> tuple[LanguageLosses, bool]:
     """Sum the micro-batches' losses over the world and tell every rank: one small all-reduce.
 
-    Only one tensor-parallel rank of each last pipeline stage contributes; the others hold copies
-    or nothing. The flag (true on every rank if on any) rides along.
+    Of each last pipeline stage's tensor-parallel ranks one contributes: the others hold copies.
+    Context-parallel ranks each hold other tokens. The flag (true on every rank if on any) rides
+    along.
     """
     losses = LanguageLosses(languages, device=runtime.device)
     if runtime.is_last_pipeline_stage and runtime.tensor_parallel_rank == 0:
@@ -114,7 +143,7 @@ def reduce_losses(
             batch: Batch = entry["batch"]
             losses.add(entry["loss"], batch.loss_mask, batch.language_ids)
     packed = torch.cat([losses.totals.flatten(), losses.totals.new_tensor([float(flag)])])
-    torch.distributed.all_reduce(packed)
+    dist.all_reduce(packed)
     packed = packed.cpu()
     losses.totals = packed[:-1].view(-1, 2)
     return losses, bool(packed[-1] > 0)

@@ -1,6 +1,7 @@
 """The order of the house: who imports whom, what stays light, and that every YAML composes."""
 
 import ast
+import math
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ LIGHT = [
     "parallel.config",
     "parallel.rank_layout",
     "models.config",
+    "models.moe_config",
     "models.parameter_count",
     "data.config",
     "pretrain.config",
@@ -98,11 +100,17 @@ def test_the_pre_ln_twins_differ_in_nothing_else(size: str) -> None:
 
 @pytest.mark.parametrize("name", shipped("parallel"))
 def test_layouts_compose(name: str) -> None:
-    config = load(["+model=magneto_6_7b", f"parallel={name}", "train.global_batch_size=16"])
+    model = "xmoe_7b_64e" if "ep" in name else "magneto_6_7b"
+    config = load([f"+model={model}", f"parallel={name}", "train.global_batch_size=16"])
+    sizes = config.parallel
     replica = (
-        config.parallel.tensor_model_parallel_size * config.parallel.pipeline_model_parallel_size
+        sizes.tensor_model_parallel_size
+        * sizes.context_parallel_size
+        * sizes.pipeline_model_parallel_size
     )
-    assert validate(config, world_size=2 * replica).data_parallel_size == 2
+    experts = sizes.expert_model_parallel_size * sizes.pipeline_model_parallel_size
+    world_size = 2 * math.lcm(replica, experts)
+    assert validate(config, world_size).world_size == world_size
 
 
 @pytest.mark.parametrize("group", ["data", "optimizer"])

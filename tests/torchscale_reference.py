@@ -1,16 +1,20 @@
-"""TorchScale's decoder as a reference, and its weights in our layout."""
+"""TorchScale as a reference: its decoder, with its weights in our layout, and its experts."""
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import types
+from argparse import Namespace
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.config import ModelConfig
 from models.initialize import EMBEDDING, global_parameters
+from models.moe_config import MoEConfig, RouterType
 
 
 def decoder(
@@ -91,3 +95,46 @@ def load(chunk: Any, weights: dict[str, Tensor]) -> None:
             pieces = full.chunk(group.size() * parameter.partition_stride, parameter.partition_dim)
             full = torch.cat(pieces[group.rank() :: group.size()], parameter.partition_dim)
         parameter.copy_(full)
+
+
+def gate(moe: MoEConfig, hidden_size: int) -> nn.Module:
+    """Top1Gate or Top2Gate as TorchScale's decoder builds it, with its own initial weights."""
+    from torchscale.component.xmoe import routing
+
+    common = {
+        "use_fp32": True,
+        "moe_eval_capacity_token_fraction": moe.eval_capacity_token_fraction,
+        "use_xmoe": moe.router is RouterType.torchscale_xmoe,
+    }
+    if moe.router_topk == 1:
+        return routing.Top1Gate(hidden_size, moe.num_experts, **common)
+    return routing.Top2Gate(
+        hidden_size,
+        moe.num_experts,
+        second_expert_policy=moe.second_expert_policy.value,
+        normalize_gate_prob_before_dropping=moe.normalize_gate_prob_before_dropping,
+        **common,
+    )
+
+
+def moe_layer(moe: MoEConfig, hidden_size: int, experts: nn.ModuleList) -> nn.Module:
+    """TorchScale's MOELayer over [b, s, h]; needs a process group, of one rank."""
+    from torchscale.component.xmoe import global_groups
+    from torchscale.component.xmoe.moe_layer import MOELayer
+
+    # it keeps process groups as attributes of these functions, beyond the life of the groups
+    for function in (global_groups.get_moe_group, global_groups.get_all2all_group):
+        vars(function).clear()
+    arguments = Namespace(moe_expert_count=moe.num_experts)
+    return MOELayer(gate(moe, hidden_size), experts, arguments)
+
+
+@contextlib.contextmanager
+def integer_histograms() -> Iterator[None]:
+    """TorchScale's gates log histograms of int64 numbers, which torch has on CUDA only."""
+    histc = torch.histc
+    torch.histc = lambda x, *args, **settings: histc(x.float(), *args, **settings)
+    try:
+        yield
+    finally:
+        torch.histc = histc

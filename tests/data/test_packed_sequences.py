@@ -6,11 +6,11 @@ import pytest
 
 from data.packed_sequences import (
     PackedSequences,
+    RowReader,
     Rows,
     Tail,
     mix,
     permute,
-    read_rows,
 )
 from data.packing_config import PackingConfig, PackingMode
 from data.token_store import TokenStore, TokenStoreWriter
@@ -130,7 +130,7 @@ RESET = PackingConfig(reset_attention=True)
 
 def rows_of(sequences: PackedSequences) -> Rows:
     numbers = np.arange(len(sequences))
-    return read_rows([sequences], np.zeros_like(numbers), numbers)
+    return RowReader([sequences]).read(np.zeros_like(numbers), numbers)
 
 
 def test_without_borders_only_ids_are_read(documents: Callable[..., TokenStore]) -> None:

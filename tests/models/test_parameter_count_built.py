@@ -4,6 +4,7 @@ import pytest
 
 from models.build import build_model
 from models.config import Activation, LayerNormPlacement, ModelConfig, Normalization
+from models.moe_config import MoEConfig, RouterType
 from models.parameter_count import parameters_on_rank
 from parallel.config import ParallelConfig
 from parallel.rank_layout import RankLayout
@@ -18,6 +19,19 @@ VARIANTS: list[dict[str, object]] = [
     {"num_query_groups": 2, "kv_channels": 16},
     {"share_embeddings_and_output_weights": False},
 ]
+SPARSE: list[dict[str, object]] = [
+    *({"moe": MoEConfig(num_experts=4, router=router)} for router in RouterType),
+    {
+        "moe": MoEConfig(
+            num_experts=4, shared_expert_intermediate_size=32, ffn_hidden_size=64, layer_freq=3
+        ),
+        "activation": Activation.swiglu,
+    },
+    {"moe": MoEConfig(num_experts=4, router_dim=3), "normalization": Normalization.rms_norm},
+]
+STACKED: list[dict[str, object]] = [
+    {"moe": MoEConfig(num_experts=4, sparse_after_layer=2, stacked_sublayers=3)},
+]
 
 
 def variant(settings: dict[str, object]) -> ModelConfig:
@@ -31,11 +45,11 @@ def variant(settings: dict[str, object]) -> ModelConfig:
     return ModelConfig(**(shape | settings))  # type: ignore[arg-type]
 
 
-def built(parallel: ParallelConfig) -> list[tuple[int, int]]:
+def built(parallel: ParallelConfig, variants: list[dict[str, object]]) -> list[tuple[int, int]]:
     """On one rank, for each variant: parameters of the built chunks, and their count."""
     runtime = initialize(parallel, seed=1)
     pairs = []
-    for model in map(variant, VARIANTS):
+    for model in map(variant, variants):
         chunks = build_model(model, parallel, runtime, vocab_size=VOCAB_SIZE, seed=1)
         counted = parameters_on_rank(
             model,
@@ -43,10 +57,19 @@ def built(parallel: ParallelConfig) -> list[tuple[int, int]]:
             tensor_model_parallel_size=parallel.tensor_model_parallel_size,
             pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
             pipeline_rank=RankLayout.of(parallel, runtime.world_size).coordinates(runtime.rank).pp,
+            virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+            expert_model_parallel_size=parallel.expert_model_parallel_size,
+            expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
         )
         parameters = {id(p): p.numel() for chunk in chunks for p in chunk.parameters()}
         pairs.append((sum(parameters.values()), counted))
     return pairs
+
+
+def check(parallel: ParallelConfig, world_size: int, variants: list[dict[str, object]]) -> None:
+    for rank, pairs in enumerate(run_on_gloo(world_size, built, parallel, variants)):
+        for settings, (there, counted) in zip(variants, pairs, strict=True):
+            assert there == counted, (rank, settings)
 
 
 @pytest.mark.parametrize(
@@ -58,6 +81,15 @@ def test_every_rank_holds_what_is_counted(tensor: int, pipeline: int, virtual: i
         pipeline_model_parallel_size=pipeline,
         virtual_pipeline_model_parallel_size=virtual,
     )
-    for rank, pairs in enumerate(run_on_gloo(tensor * pipeline, built, parallel)):
-        for settings, (there, counted) in zip(VARIANTS, pairs, strict=True):
-            assert there == counted, (rank, settings)
+    check(parallel, tensor * pipeline, VARIANTS + SPARSE + STACKED)
+
+
+@pytest.mark.parametrize(("expert", "expert_tensor", "pipeline"), [(2, 1, 1), (4, 1, 1), (1, 2, 2)])
+def test_experts_on_every_rank(expert: int, expert_tensor: int, pipeline: int) -> None:
+    parallel = ParallelConfig(
+        pipeline_model_parallel_size=pipeline,
+        expert_model_parallel_size=expert,
+        expert_tensor_parallel_size=expert_tensor,
+    )
+    variants = SPARSE if expert_tensor > 1 else SPARSE + STACKED
+    check(parallel, expert * expert_tensor * pipeline, variants)

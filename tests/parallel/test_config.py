@@ -24,7 +24,6 @@ from parallel.config import (
             "parallel.virtual_pipeline_model_parallel_size=0 must be 1 or more",
         ),
         ({"context_parallel_size": 0}, "parallel.context_parallel_size=0 must be 1 or more"),
-        ({"context_parallel_size": 2}, "parallel.context_parallel_size=2 must be 1:"),
         ({"recompute_num_layers": 0}, "parallel.recompute_num_layers=0 must be 1 or more"),
         (
             {"recompute_num_layers": 2},

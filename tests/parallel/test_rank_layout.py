@@ -29,6 +29,41 @@ def test_groups_are_those_of_megatron_core() -> None:
                 assert ours.groups(*axes) == theirs.get_ranks("-".join(axes)), (tp, cp, dp, pp)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_groups_of_experts_are_those_of_megatron_core() -> None:
+    from megatron.core.parallel_state import RankGenerator
+
+    names = {"etp": "tp", "ep": "ep", "edp": "dp", "pp": "pp"}
+    for etp, ep, edp, pp in itertools.product((1, 2, 3), (1, 2, 4), (1, 2, 3), (1, 2, 4)):
+        ours = RankLayout(
+            world_size=etp * ep * edp * pp,
+            pipeline_model_parallel_size=pp,
+            expert_model_parallel_size=ep,
+            expert_tensor_parallel_size=etp,
+        )
+        assert ours.expert_sizes == (etp, ep, edp, pp)
+        theirs = RankGenerator(tp=etp, ep=ep, dp=edp, pp=pp, cp=1, order="tp-cp-ep-dp-pp")
+        for count in (1, 2, 3):
+            for axes in itertools.combinations(names, count):
+                expected = theirs.get_ranks("-".join(names[axis] for axis in axes))
+                assert ours.groups(*axes) == expected, (etp, ep, edp, pp)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        ({"expert_model_parallel_size": 4}, "must divide the 2 ranks .* divisors are 1, 2"),
+        (
+            {"expert_model_parallel_size": 2, "expert_tensor_parallel_size": 2},
+            "expert_tensor_parallel_size=2 must divide the 2 ranks .* a multiple of 8 processes",
+        ),
+    ],
+)
+def test_experts_that_do_not_fit_a_stage(sizes: dict[str, int], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        RankLayout(world_size=4, pipeline_model_parallel_size=2, **sizes)
+
+
 def test_coordinates_and_rank_are_inverse() -> None:
     places = layout(2, 2, 3, 4)
     assert places.coordinates(0) == Coordinates(tp=0, cp=0, dp=0, pp=0)
@@ -79,5 +114,6 @@ def test_wrong_questions() -> None:
     places = layout(2, 1, 1, 1)
     with pytest.raises(ValueError, match="rank 2 is not among the 2 ranks"):
         places.coordinates(2)
-    with pytest.raises(ValueError, match="no axis is called 'ep'"):
-        places.groups("ep")
+    for axes in (("tensor",), ("tp", "ep")):
+        with pytest.raises(ValueError, match=f"no group runs along {', '.join(axes)}"):
+            places.groups(*axes)

@@ -5,8 +5,15 @@ import re
 import pytest
 
 from data.config import DataConfig
+from data.packing_config import PackingConfig
 from models.config import ModelConfig
-from parallel.config import ConfigError, OptimizerConfig, ParallelConfig, RecomputeGranularity
+from parallel.config import (
+    ConfigError,
+    ContextParallelComm,
+    OptimizerConfig,
+    ParallelConfig,
+    RecomputeGranularity,
+)
 from pretrain.config import (
     CheckpointConfig,
     PretrainConfig,
@@ -194,6 +201,88 @@ def test_sequence() -> None:
         "data.seq_length=30 must be a multiple of parallel.tensor_model_parallel_size=4"
     )
     assert problem.endswith("use 28 or 32")
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_sequence_on_context_parallel_ranks(sequence_parallel: bool) -> None:
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=2,
+        context_parallel_size=2,
+        sequence_parallel=sequence_parallel,
+    )
+    (problem,) = problems(4, data=DataConfig(seq_length=30), parallel=parallel)
+    unit = "2 x parallel.context_parallel_size=2"
+    if sequence_parallel:
+        unit += " x parallel.tensor_model_parallel_size=2 under parallel.sequence_parallel=true"
+    assert problem.startswith(f"data.seq_length=30 must be a multiple of {unit}; use ")
+    lengths = [int(number) for number in re.findall(r"\d+", problem.partition("; use")[2])]
+    assert lengths == ([24, 32] if sequence_parallel else [28, 32])
+    for length in lengths:
+        data = DataConfig(seq_length=length)
+        validate(PretrainConfig(model=model(), data=data, parallel=parallel), world_size=4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "tensor", "context", "rule"),
+    [
+        ({}, 1, 8, "model.num_attention_heads=12 under"),
+        (
+            {},
+            2,
+            4,
+            "model.num_attention_heads=12 over parallel.tensor_model_parallel_size=2 under",
+        ),
+        ({"num_query_groups": 2}, 1, 4, "model.num_query_groups=2 under"),
+        (
+            {"num_query_groups": 4},
+            1,
+            8,
+            "model.num_attention_heads=12 and model.num_query_groups=4 under",
+        ),
+    ],
+)
+def test_heads_that_ranks_share(
+    settings: dict[str, object], tensor: int, context: int, rule: str
+) -> None:
+    def parallel(size: int, comm: ContextParallelComm) -> ParallelConfig:
+        return ParallelConfig(
+            tensor_model_parallel_size=tensor, context_parallel_size=size, cp_comm_type=comm
+        )
+
+    def accept(size: int, comm: ContextParallelComm) -> None:
+        data = DataConfig(seq_length=2 * size)
+        config = PretrainConfig(model=shape, data=data, parallel=parallel(size, comm))
+        validate(config, world_size=tensor * size)
+
+    shape = model(**settings)
+    (problem,) = problems(
+        tensor * context, model=shape, parallel=parallel(context, ContextParallelComm.a2a)
+    )
+    assert problem.startswith(f"parallel.context_parallel_size={context} must divide {rule} ")
+    offered, all_gather, _ = problem.partition(", or use parallel.cp_comm_type=all_gather")
+    assert all_gather
+    accept(context, ContextParallelComm.all_gather)
+    for size in map(int, re.findall(r"\d+", offered.partition(";")[2])):
+        accept(size, ContextParallelComm.a2a)
+
+
+def test_documents_are_not_told_apart_on_context_parallel_ranks() -> None:
+    data = DataConfig(packing=PackingConfig(reset_attention=True))
+    (problem,) = problems(2, data=data, parallel=ParallelConfig(context_parallel_size=2))
+    assert problem.startswith(
+        "data.packing.reset_attention=true needs parallel.context_parallel_size=1, not 2"
+    )
+    validate(PretrainConfig(model=model(), data=data), world_size=2)
+
+
+def test_a_tensor_parallel_size_that_does_not_fit_is_told_once() -> None:
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=8,
+        context_parallel_size=2,
+        cp_comm_type=ContextParallelComm.a2a,
+    )
+    (problem,) = problems(16, parallel=parallel)
+    assert problem.startswith("parallel.tensor_model_parallel_size=8 must divide")
 
 
 def test_global_batch_size() -> None:
