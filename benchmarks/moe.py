@@ -27,7 +27,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -62,6 +62,8 @@ from parallel.runtime import initialize, shutdown
 
 OURS = "magnetron"
 PRODUCTS, ROUTING = "matrix products alone", "routing, sorting, summing alone"
+TORCHSCALE, PLAIN, MEGATRON = "torchscale-xmoe", "magnetron-plain", "megatron-core"
+PEERS = (TORCHSCALE, PLAIN, MEGATRON)
 BALANCE_COEFFICIENT = 0.01
 SEQUENCES = 4  # the tokens are [tokens / SEQUENCES, SEQUENCES, hidden]
 
@@ -226,9 +228,9 @@ def layers(size: Size, dtype: torch.dtype) -> dict[str, Callable[[], nn.Module]]
 
     return {
         OURS: partial(our_layer, size, dtype, LayerNormPlacement.sub_ln),
-        "torchscale-xmoe": partial(torchscale_layer, size, dtype),
-        "magnetron-plain": partial(our_layer, size, dtype, LayerNormPlacement.pre_ln),
-        "megatron-core": partial(megatron_layer, size, dtype),
+        TORCHSCALE: partial(torchscale_layer, size, dtype),
+        PLAIN: partial(our_layer, size, dtype, LayerNormPlacement.pre_ln),
+        MEGATRON: partial(megatron_layer, size, dtype),
         ROUTING: without_experts,
     }
 
@@ -307,8 +309,10 @@ def _status_mb(key: str) -> float:
     raise OSError(f"/proc/self/status has no {key}")
 
 
-def measure(size: Size, rounds: int) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """(seconds of every step, peak memory) by name; layers that cannot be built are left out."""
+def measure(
+    size: Size, rounds: int, peers: Sequence[str] = PEERS
+) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """(seconds of every step, peak memory) by name; a peer that is not installed is left out."""
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     torch.manual_seed(0)
     shape = (size.tokens // SEQUENCES, SEQUENCES, size.hidden_size)
@@ -317,6 +321,8 @@ def measure(size: Size, rounds: int) -> tuple[dict[str, list[float]], dict[str, 
     steps: dict[str, Step] = {}
     modules: list[nn.Module] = []
     for name, build in layers(size, dtype).items():
+        if name in PEERS and name not in peers:
+            continue
         try:
             modules.append(build())
         except ImportError as error:
@@ -401,6 +407,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--ffn-hidden-size", type=int, default=1024)
     parser.add_argument("--num-experts", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=7, help="steps of each layer, in turns")
+    parser.add_argument(
+        "--peers", nargs="+", choices=PEERS, default=PEERS, metavar="PEER",
+        help="beside magnetron, any of: " + ", ".join(PEERS),
+    )  # fmt: skip
     parser.add_argument("--threads", type=int, default=1, help="of a CPU")
     parser.add_argument(
         "--json", type=Path, default=Path("outputs/benchmarks/moe.json"),
@@ -433,7 +443,7 @@ def main() -> int:
                 size = Size(
                     tokens, topk, given.hidden_size, given.ffn_hidden_size, given.num_experts
                 )
-                seconds, peaks = measure(size, given.rounds)
+                seconds, peaks = measure(size, given.rounds, given.peers)
                 rows = summarize(seconds, peaks)
                 tables.append(markdown_table(size, rows))
                 print(f"\n{tables[-1]}", flush=True)

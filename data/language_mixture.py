@@ -8,8 +8,8 @@
                          ->  a permutation keyed by (seed, language, epoch) -> the sequence
                                                                          (data/packed_sequences.py)
 
-Every language and family stays within one sample of its exact share at every prefix, so also in
-every batch. Memory and start-up do not depend on how long the training is, and lengthening a run,
+Every language and family stays within one sample of its exact share at every prefix (few exceptions:
+data/mixture_schedule.py), so also in every batch. Memory and start-up do not depend on how long the training is, and lengthening a run,
 or changing what comes later in it, changes nothing that came before.
 """
 
@@ -136,7 +136,7 @@ class LanguageMixture:
         return int(self._located(block)[2][place])
 
     def _located(self, block: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Language ids, sequence numbers and epochs of a whole block, [BLOCK] int64: some 3 µs a
+        """Language ids, sequence numbers and epochs of a whole block, [BLOCK] int64: 1 to 2 µs a
         sample when it is asked for first, nothing when it was asked for lately."""
         found = self._blocks.get(block)
         if found is None:

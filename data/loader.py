@@ -77,7 +77,7 @@ class MicroBatchLoader:
         """This rank's num_micro_batches batches of the next step, read as they are asked for."""
         if consumed_sequences < 0:
             raise ValueError(f"consumed_sequences={consumed_sequences}: counts from 0")
-        # the formula costs about 0.2 ms a call however many samples it is asked for: once a step
+        # once a step: each call costs about 10 us, and 1 to 3 ms where it enters another block
         languages, numbers = self._source.locate(self._samples(consumed_sequences))
         return (
             _batch(self._source.read(language_ids, places), language_ids, self._packing)

@@ -18,11 +18,12 @@ happens nowhere. What comes out is what one finds by asking at every sample for 
 deadline of all, but no step of it looks at every family, and languages that are alone in their
 families, or whose families are never early, take one round.
 
-So a block of 2048 samples is computed from its number alone, in a few milliseconds, and any sample
-of any run is found without an index. Languages and families stay within one sample of x at every n:
-at the block borders by construction, in between in every mixture we have tried (the tests draw
-random ones). Exceptions are languages that get less than one sample in a block: at the borders they
-are rounded to the nearest number whatever their family's sum, and the others make up for it.
+So a block of 2048 samples is computed from its number alone, in 1 to 3 ms, and any sample of any
+run is found without an index. Languages and families stay within one sample of x at every n: at the
+block borders by construction, in between in all but few mixtures (of 10 794 random ones with round
+shares 5 had a language off by 1.01 to 1.11; the tests draw others). Languages that get less than
+one sample in a block are another exception: at the borders they are rounded to the nearest number
+whatever their family's sum, and the others make up for it.
 """
 
 from __future__ import annotations

@@ -197,7 +197,7 @@ class RowReader:
             [len(s.whole) if s.whole.dtype == first.dtype else 0 for s in sequences]
         )
         addresses = np.array([s.whole.ctypes.data for s in sequences])
-        lowest = int(np.where(self._whole > 0, addresses, addresses.max()).argmin())
+        lowest = int(np.where(self._whole > 0, addresses, np.iinfo(np.int64).max).argmin())
         self._begin = (addresses - addresses[lowest]) // itemsize
         last = (self._begin + (self._whole - 1) * self._seq_length)[self._whole > 0]
         self._rows = np.lib.stride_tricks.as_strided(

@@ -301,7 +301,8 @@ def _grouped_norm(
 
 
 class _FeedForward(torch.autograd.Function):
-    """The experts' feed-forward, which keeps its input and the rows before the activation.
+    """The experts' feed-forward; keeps its input, the rows before the activation and before the
+    gate.
 
     Activation and norm are evaluated a second time in the backward pass. On a CPU the rows are
     worked off in blocks of one expert that stay in a core's cache: what is kept is then all that
@@ -313,68 +314,58 @@ class _FeedForward(torch.autograd.Function):
     def forward(ctx, x, gates, w1, b1, g, b, w2, b2, rows, owner):  # type: ignore[no-untyped-def]
         x = x.contiguous()
         matrix_1, bias_1 = _as_matrices(w1, b1)
-        u = x.new_empty(x.shape[0], matrix_1.shape[1])
-        y = torch.empty_like(x)
+        kept = []
+        out = torch.empty_like(x)
+        y = out if gates is None else torch.empty_like(x)
         blocks = owner.blocks(rows)
         for block in blocks:
             span, of, n = block
-            grouped_matmul(x[span], matrix_1[of].transpose(1, 2), n, out=u[span])
-            add_to_groups(u[span], _some(bias_1, of), n)
-            z = owner.activation_and_norm(u[span], _some(g, of), _some(b, of), n)
+            u = grouped_matmul(x[span], matrix_1[of].transpose(1, 2), n)
+            add_to_groups(u, _some(bias_1, of), n)
+            kept.append(u)
+            z = owner.activation_and_norm(u, _some(g, of), _some(b, of), n)
             grouped_matmul(z, w2[of].transpose(1, 2), n, out=y[span])
             add_to_groups(y[span, owner.bias_columns], _some(b2, of), n)
             if gates is not None:
-                y[span].mul_(gates[span, None])
-        ctx.save_for_backward(x, gates, u, w1, b1, g, b, w2, b2)
+                torch.mul(y[span], gates[span, None], out=out[span])
+        ungated = None if gates is None else y
+        ctx.save_for_backward(x, gates, ungated, w1, b1, g, b, w2, b2, *kept)
         ctx.blocks, ctx.owner = blocks, owner
         fusion = owner.config.gradient_accumulation_fusion
         ctx.main_grads = fused_main_grad(w1, fusion), fused_main_grad(w2, fusion)
-        return y
+        return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy):  # type: ignore[no-untyped-def]
-        x, gates, u, w1, b1, g, b, w2, b2 = ctx.saved_tensors
-        owner, dy = ctx.owner, dy.contiguous()
+    def backward(ctx, d_out):  # type: ignore[no-untyped-def]
+        x, gates, y, w1, b1, g, b, w2, b2, *kept = ctx.saved_tensors
+        owner, d_out = ctx.owner, d_out.contiguous()
         matrix_1, _ = _as_matrices(w1, b1)
         dw1, dw2 = (GradientSum(w, m) for w, m in zip((w1, w2), ctx.main_grads, strict=True))
         db1, dg, db, db2 = (GradientSum(p) for p in (b1, g, b, b2))
         dx = torch.empty_like(x)
         dgates = None if gates is None else torch.empty_like(gates)
-        for block in ctx.blocks:
+        for block, u in zip(ctx.blocks, kept, strict=True):
             span, of, n = block
-            leaves = [_leaf(u[span]), _leaf(_some(g, of)), _leaf(_some(b, of))]
+            leaves = [_leaf(u), _leaf(_some(g, of)), _leaf(_some(b, of))]
             with torch.enable_grad():
                 z = owner.activation_and_norm(*leaves, n)
-            dy_block = dy[span]
-            dz = grouped_matmul(dy_block, w2[of], n)
+            dy = d_out[span]
             if dgates is not None:
-                own = dy_block[:, owner.bias_columns]
-                dgates[span] = _gate_gradient(z.detach(), dz, _some(b2, of), own, n)
-                dz.mul_(gates[span, None])
-                dy_block = (dy_block * gates[span, None]).to(dy.dtype)
+                dgates[span] = (dy * y[span]).sum(-1, dtype=torch.float32)
+                dy = (dy * gates[span, None]).to(x.dtype)
+            dz = grouped_matmul(dy, w2[of], n)
             du, *d_norm = torch.autograd.grad(z, [p for p in leaves if p is not None], dz)
             grouped_matmul(du, matrix_1[of], n, out=dx[span])
             dw1.add_product(block, x[span], du)
-            dw2.add_product(block, z.detach(), dy_block)
+            dw2.add_product(block, z.detach(), dy)
             for total, gradient in zip((dg, db), d_norm, strict=False):
                 total.add(block, gradient)
             if b1 is not None:
                 db1.add(block, sum_groups(du, n))
-                db2.add(block, sum_groups(dy_block[:, owner.bias_columns], n))
+                db2.add(block, sum_groups(dy[:, owner.bias_columns], n))
         parameters = [total.result() for total in (dw1, db1, dg, db, dw2, db2)]
         return dx, dgates, *parameters, None, None
-
-
-def _gate_gradient(
-    z: Tensor, dz: Tensor, b2: Tensor | None, dy: Tensor, rows: Sequence[int]
-) -> Tensor:
-    """dy · y / p [t] without y: z · dz + dy · c, with dz = W2ᵀ dy and the columns of dy that c,
-    the second bias [e, h/etp], has here."""
-    gradient = (z * dz).sum(-1, dtype=torch.float32)
-    if b2 is not None:
-        gradient += grouped_matmul(dy, b2.unsqueeze(2), rows).squeeze(1)
-    return gradient
 
 
 def _as_matrices(w1: Tensor, b1: Tensor | None) -> tuple[Tensor, Tensor | None]:

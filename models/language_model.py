@@ -37,6 +37,17 @@ class LossOutput(NamedTuple):
     per_token_loss: Tensor  # [b, s] fp32, detached; masked tokens carry their loss too
 
 
+class OutputProjection(ColumnParallelLinear):
+    """Holds the output projection; calling it gives the weight, `shared` where that is not None.
+
+    A call, and not a look at the attribute: overlapped parameter gathering waits for a parameter in
+    a hook of the module's call, and would otherwise hand out what the last step has not updated.
+    """
+
+    def forward(self, shared: Tensor | None) -> Tensor:  # type: ignore[override]
+        return self.weight if shared is None else shared
+
+
 class LanguageModel(LanguageModule):
     """Embedding (first stage), transformer layers, and output layer with loss (last stage).
 
@@ -82,7 +93,7 @@ class LanguageModel(LanguageModule):
             vp_stage=vp_stage,
         )
         if post_process:
-            self.output_layer = ColumnParallelLinear(
+            self.output_layer = OutputProjection(
                 config.hidden_size,
                 padded_vocab_size,
                 config=config,
@@ -147,9 +158,8 @@ class LanguageModel(LanguageModule):
 
     def output_weight(self) -> Tensor:
         """This rank's vocabulary shard of the output projection: [v/tp, h]."""
-        if self.share_embeddings_and_output_weights:
-            return self.shared_embedding_or_output_weight()
-        return self.output_layer.weight
+        shared = self.share_embeddings_and_output_weights and self.pre_process
+        return self.output_layer(self.shared_embedding_or_output_weight() if shared else None)
 
     def _gather_for_vocabulary(self, hidden: Tensor) -> Tensor:
         """Every rank needs every token before the vocabulary-parallel projection: [s, b, h]."""

@@ -78,6 +78,11 @@ class ExpertRouter(MegatronModule):
     # whether a loss balances the experts' load
     balances = True
 
+    @property
+    def draws(self) -> bool:
+        """Whether routing in training is random: then the engine seeds every step."""
+        return False
+
     def __init__(
         self,
         config: TransformerConfig,

@@ -37,6 +37,10 @@ class SparseMixerRouter(LinearRouter):
     The balance loss counts first choices, as drawn, against softmax(s) over all experts.
     """
 
+    @property
+    def draws(self) -> bool:
+        return True
+
     def route(self, hidden: Tensor) -> Routing:
         logits = project(hidden, self.weight)
         self.note_gap(logits)

@@ -12,7 +12,8 @@ continue its models and to compare with them.
 Each expert takes a limited number of this rank's tokens, its capacity; what comes beyond is
 dropped: the expert adds nothing to the token, and the residual carries it on. **Routing therefore
 depends on how tokens are spread over ranks**: on micro_batch_size and on tensor (with sequence
-parallelism), context and data parallelism. Two layouts agree where neither drops a token.
+parallelism), context and data parallelism. Two layouts agree where neither drops a token and
+nothing is drawn at random (second_expert_policy=all, or one expert a token).
 
 Reproduced, surprising as some of it is:
 
@@ -50,9 +51,8 @@ Not reproduced:
 - TorchScale's configuration forces policy "random" and dividing before dropping with use_xmoe. For
   both routers these are defaults here; its own without use_xmoe divides after.
 
-Random numbers come from torch's generators (`ExpertRouter.random_numbers`), as many and in the order
-TorchScale draws them; a recomputed forward pass repeats its draws. Context-parallel ranks share
-their seeds, and draw the same numbers for their different tokens.
+Random numbers come from torch's generators (`ExpertRouter.random_numbers`), as many and in the
+order TorchScale draws them; a recomputed forward pass repeats its draws.
 """
 
 from __future__ import annotations
@@ -125,19 +125,18 @@ class TorchScaleRouter(ExpertRouter):
             self._sequences,
             policy=moe.second_expert_policy,
             normalize_before_dropping=moe.normalize_gate_prob_before_dropping,
-            uniform=self._draw(logits),
+            uniform=self._draw(logits) if self.draws else None,
         )
 
-    def _draw(self, logits: Tensor) -> Tensor | None:
-        """The random numbers `route_top2` wants."""
-        positions = len(logits) // self._sequences
-        shapes: dict[SecondExpertPolicy, tuple[int, ...]] = {
-            SecondExpertPolicy.sampling: (self._sequences, positions, self.num_experts),
-            SecondExpertPolicy.random: (self._sequences, positions),
-        }
-        shape = shapes.get(self.moe.second_expert_policy)
-        if shape is None:
-            return None
+    @property
+    def draws(self) -> bool:
+        return self.topk == 2 and self.moe.second_expert_policy is not SecondExpertPolicy.all
+
+    def _draw(self, logits: Tensor) -> Tensor:
+        """Numbers in [0, 1): [t, E] for policy "sampling", [t] for "random"."""
+        shape = [self._sequences, len(logits) // self._sequences]
+        if self.moe.second_expert_policy is SecondExpertPolicy.sampling:
+            shape.append(self.num_experts)
         with self.random_numbers():
             drawn = torch.rand(shape, dtype=logits.dtype, device=logits.device)
         return drawn.transpose(0, 1).flatten(0, 1)  # tokens are sequence-first

@@ -132,6 +132,11 @@ class MegatronEngine:
             # norms would decay like everything else
             group["weight_decay"] = optimizer.weight_decay * group.get("wd_mult", 1.0)
         self._set_schedule_hooks(config)
+        self._draws_random_numbers = bool(
+            config.hidden_dropout
+            or config.attention_dropout
+            or any(module.draws for module in self._modules_with("draws"))
+        )
 
     def _set_schedule_hooks(self, config: Any) -> None:
         config.finalize_model_grads_func = finalize_model_grads
@@ -139,9 +144,10 @@ class MegatronEngine:
         if self.parallel.overlap_grad_reduce:
             no_sync = [chunk.no_sync for chunk in self.chunks]
             config.no_sync_func = no_sync[0] if single else no_sync
-        if self.parallel.overlap_param_gather:
-            param_sync = [chunk.start_param_sync for chunk in self.chunks]
-            config.param_sync_func = param_sync[0] if single else param_sync
+        # Without it the first use of each bucket starts its gather. Where one chunk runs in a
+        # pipeline, megatron-core 0.16.1 would start the same gather twice and fail.
+        if self.parallel.overlap_param_gather and not single:
+            config.param_sync_func = [chunk.start_param_sync for chunk in self.chunks]
 
     def forward_backward(
         self,
@@ -181,16 +187,19 @@ class MegatronEngine:
                 forward_only=forward_only,
             )
 
-    def seed_dropout(self, seed: int, step: int) -> None:
-        """Make the dropout masks of a step a function of (seed, step, pipeline, data, tensor rank).
+    def seed_random_numbers(self, seed: int, step: int) -> None:
+        """Make a step's dropout masks, and the draws of routers that sample, a function of
+        (seed, step, this rank's place along every axis).
 
-        A resumed run repeats the masks of an uninterrupted one without any random state being
-        saved. Other layouts draw other masks. Does nothing in a model without dropout.
+        A resumed run repeats those of an uninterrupted one without any random state being saved.
+        Other layouts draw others. Does nothing in a model that draws nothing.
         """
-        config = self.chunks[0].config
-        if not (config.hidden_dropout or config.attention_dropout):
+        if not self._draws_random_numbers:
             return
-        place = (self.runtime.pipeline_parallel_rank, self.runtime.data_parallel_rank)
+        runtime = self.runtime
+        place: tuple[int, ...] = (runtime.pipeline_parallel_rank, runtime.data_parallel_rank)
+        if runtime.context_parallel_size > 1:
+            place += (runtime.context_parallel_rank,)
         text = f"dropout:{seed}:{step}:{place}".encode()
         key = int.from_bytes(hashlib.blake2b(text, digest_size=4).digest(), "little")
         torch.manual_seed(key)

@@ -408,16 +408,15 @@ def compare(result: Result, expected: Result, bounds: Bounds | None = None) -> l
             _of_steps(result.language_totals, expected.language_totals),
             bounds.losses,
         ),
-        "auxiliary losses": (
-            _of_steps(result.auxiliary_losses, expected.auxiliary_losses),
-            bounds.auxiliary_losses,
-        ),
-        "expert loads": (_of_steps(result.loads, expected.loads), 0.0),
         "gradients": (_of_tensors(result.gradients, expected.gradients), bounds.gradients),
         "gradient norms": (_of_steps(result.grad_norms, expected.grad_norms), bounds.grad_norms),
         "weights": (_of_tensors(result.weights, expected.weights, moved), bounds.weights),
         "copies": (dict.fromkeys(result.copies_differ, math.inf), 0.0),
     }
+    if expected.loads:
+        auxiliary = _of_steps(result.auxiliary_losses, expected.auxiliary_losses)
+        deviations["auxiliary losses"] = (auxiliary, bounds.auxiliary_losses)
+        deviations["expert loads"] = (_of_steps(result.loads, expected.loads), 0.0)
     return [_worst(what, found, bound) for what, (found, bound) in deviations.items()]
 
 

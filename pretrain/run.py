@@ -33,6 +33,8 @@ from pretrain.config import PretrainConfig
 from pretrain.progress import Progress
 from pretrain.provenance import write_run_record
 from pretrain.report import plot_curves, print_report
+from pretrain.router_plot import plot_router
+from pretrain.router_report import open_router_report
 from pretrain.stop_signal import StopSignal
 from pretrain.throughput import ThroughputMeter, peak_flops_of_run
 from pretrain.tracker import make_tracker, read_metrics
@@ -100,6 +102,7 @@ def train(config: PretrainConfig, runtime: Runtime, stop: StopSignal) -> Outcome
             log_interval=config.train.log_interval,
         ),
         ledger=Ledger(run_dir) if runtime.rank == 0 else None,
+        router=open_router_report(config, engine, data, runtime, resumed_step=state.step or None),
     )
     loop.progress.message(runtime.describe())
     for line in accelerator_lines(runtime):
@@ -112,6 +115,8 @@ def train(config: PretrainConfig, runtime: Runtime, stop: StopSignal) -> Outcome
         if isinstance(loop.loader, PrefetchLoader):
             loop.loader.close()
         loop.progress.close()
+        if loop.router is not None:
+            loop.router.close()
         tracker.close(failed=not finished)
     if runtime.rank == 0:
         report(outcome, run_dir, config)
@@ -220,7 +225,14 @@ def accelerator_lines(runtime: Runtime) -> list[str]:
 
 def report(outcome: Outcome, run_dir: Path, config: PretrainConfig) -> None:
     """Losses by family at start and end, a picture of the curves, and what to try next."""
-    curves = plot_curves(run_dir / "metrics.jsonl", run_dir / "curves.png")
+    artefacts = {
+        "curves": plot_curves(run_dir / "metrics.jsonl", run_dir / "curves.png"),
+        "metrics": run_dir / "metrics.jsonl",
+        "record": run_dir / "run.json",
+    }
+    routing = plot_router(run_dir, run_dir / "router.png")
+    if routing is not None:
+        artefacts["routing"] = routing
     if outcome.stopped_by:
         print(f"stopped by {outcome.stopped_by}; the same command goes on from the checkpoint")
         return
@@ -228,11 +240,7 @@ def report(outcome: Outcome, run_dir: Path, config: PretrainConfig) -> None:
     print_report(
         evaluations[0],  # of the run's first start, however often it was resumed
         outcome.last_evaluation,
-        artefacts={
-            "curves": curves,
-            "metrics": run_dir / "metrics.jsonl",
-            "record": run_dir / "run.json",
-        },
+        artefacts=artefacts,
         next_steps=next_steps(run_dir, config),
     )
 

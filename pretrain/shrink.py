@@ -81,6 +81,10 @@ class _Sizes:
         experts = self.expert * self.expert_tensor
         return replace(self, data=experts // math.gcd(experts, self.tensor * self.context))
 
+    def with_replicas(self) -> "_Sizes":
+        """With two data-parallel replicas at least."""
+        return self if self.data > 1 else replace(self, data=2)
+
     @property
     def processes(self) -> int:
         return self.tensor * self.pipeline * self.context * self.data
@@ -94,9 +98,9 @@ def processes_needed(parallel: ParallelConfig) -> int:
 def shrink(config: PretrainConfig, processes: int = 8) -> Shrunk:
     """`config` for at most `processes` processes.
 
-    Axes longer than 2 become 2, the longest first, until they fit; then axes are left out, those
-    that move the least data last. Where processes are left over there are two data-parallel
-    replicas. Raises ConfigError if `processes` is below 1.
+    Axes longer than 2 are halved, the longest first, until two data-parallel replicas fit. Where
+    not even one fits, axes are left out, first the one that saves most processes. Raises
+    ConfigError if `processes` is below 1.
     """
     if processes < 1:
         raise ConfigError(f"verify.processes={processes} must be 1 or more")
@@ -126,22 +130,18 @@ def shrink(config: PretrainConfig, processes: int = 8) -> Shrunk:
 
 
 def _fit(sizes: _Sizes, processes: int) -> _Sizes:
-    axes = ("expert_tensor", "context", "expert", "pipeline", "tensor")  # left out in this order
-    while (needed := sizes.filled().processes) > processes:
-        longest = max(axes, key=lambda axis: getattr(sizes, axis))
-        if getattr(sizes, longest) > 2:
-            sizes = replace(sizes, **{longest: 2})
-            continue
-        # the first one that helps; the others may still fit
-        for axis in axes:
-            without = replace(sizes, **{axis: 1})
-            if without.filled().processes < needed:
-                sizes = without
-                break
-    if sizes.pipeline == 1:
-        sizes = replace(sizes, virtual=1)
-    sizes = sizes.filled()
-    return replace(sizes, data=2 * sizes.data) if 2 * sizes.processes <= processes else sizes
+    axes = ("expert_tensor", "context", "expert", "pipeline", "tensor")
+    longest = max(axes, key=lambda axis: getattr(sizes, axis))
+    filled = sizes.filled()
+    if getattr(sizes, longest) > 2 and filled.with_replicas().processes > processes:
+        half, odd = divmod(getattr(sizes, longest), 2)
+        return _fit(replace(sizes, **{longest: 2 if odd else half}), processes)
+    if filled.processes > processes:
+        shorter = [replace(sizes, **{axis: 1}) for axis in axes if getattr(sizes, axis) > 1]
+        return _fit(min(shorter, key=lambda fewer: fewer.filled().processes), processes)
+    if filled.with_replicas().processes <= processes:
+        filled = filled.with_replicas()
+    return replace(filled, virtual=filled.virtual if filled.pipeline > 1 else 1)
 
 
 def _parallel(parallel: ParallelConfig, sizes: _Sizes) -> ParallelConfig:
@@ -231,9 +231,10 @@ def _moe(model: ModelConfig, parallel: ParallelConfig, ratio: float) -> MoEConfi
     if not moe.num_experts:
         return moe
     ranks = parallel.expert_model_parallel_size
-    # two experts a rank where the launch has several, and more than a token is sent to
-    local = min(2, moe.num_experts)
-    while ranks * local <= moe.router_topk < moe.num_experts:
+    local = 2  # experts of a rank; in all some to choose from, and more than a token is sent to
+    while ranks * local < min(4, moe.num_experts) or (
+        ranks * local <= moe.router_topk < moe.num_experts
+    ):
         local += 1
     layers = _layers(model, parallel)
     return replace(
@@ -250,7 +251,7 @@ def _moe(model: ModelConfig, parallel: ParallelConfig, ratio: float) -> MoEConfi
         else _scaled(
             moe.shared_expert_intermediate_size, ratio, parallel.tensor_model_parallel_size
         ),
-        router_dim=None if moe.router_dim is None else min(moe.router_dim, 8),
+        router_dim=min(moe.dim, 8),
         router=RouterType.linear if moe.router in DRAWING else moe.router,
         expert_capacity_factor=None,
     )

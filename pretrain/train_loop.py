@@ -94,7 +94,7 @@ class TrainLoop:
         )
         sequences = train.global_batch_size
         with self.meter.step(sequences * self.data.mixture.seq_length):
-            self.engine.seed_dropout(train.seed, state.step)
+            self.engine.seed_random_numbers(train.seed, state.step)
             metrics = train_step(
                 self.engine,
                 list(self.loader.micro_batches(state.consumed_sequences)),

@@ -34,6 +34,74 @@ def errors(
     return np.abs(drawn - asked), np.abs(drawn @ member - asked @ member)
 
 
+def slow_schedule(
+    schedule: MixtureSchedule, ratios: RatioSchedule, families: np.ndarray, block: int
+) -> list[int]:
+    """A block by its definition, for constant shares: at every sample, of the languages whose own
+    and whose family's window are open, the earliest deadline, its own or its family's."""
+    first, members = block * BLOCK, np.eye(families.max() + 1)[families]
+    low, high = schedule.counts_at_border(block), schedule.counts_at_border(block + 1)
+    asked, shares = ratios.asked(first), ratios.shares(first)
+
+    def windows(start: int, stop: int, asked: float, share: float) -> list[tuple[float, float]]:
+        return [((j - asked) / share, (j + 1 - asked) / share) for j in range(start, stop)]
+
+    left = [windows(*each) for each in zip(low, high, asked, shares, strict=True)]
+    sums = (low @ members).astype(int), (high @ members).astype(int)
+    of_family = [
+        windows(*each) for each in zip(*sums, asked @ members, shares @ members, strict=True)
+    ]
+    drawn = []
+    for sample in range(BLOCK):
+        heads: dict[int, tuple[float, int]] = {}  # by family: its most urgent language
+        for language, family in enumerate(families.tolist()):
+            open_now = left[language] and left[language][0][0] < sample + 1
+            if open_now and of_family[family] and of_family[family][0][0] < sample + 1:
+                head = (left[language][0][1], language)
+                heads[family] = min(heads.get(family, head), head)
+        family = min(heads, key=lambda f: (min(heads[f][0], of_family[f][0][1]), f))
+        language = heads[family][1]
+        of_family[family].pop(0)
+        left[language].pop(0)
+        drawn.append(language)
+    return drawn
+
+
+@pytest.mark.parametrize(
+    ("seed", "several_rounds"),
+    [(1, False), (3, False), (8, False), (13, False), (4, True), (5, True), (9, True), (14, True)],
+)
+def test_a_block_is_scheduled_earliest_deadline_first(
+    seed: int, several_rounds: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sample for sample what the definition says, also where languages are due before the samples
+    of their families, so that families and languages take turns several times."""
+    generator = np.random.default_rng(seed)
+    k = int(generator.integers(3, 30))
+    shares = generator.dirichlet(np.full(k, 2.0))
+    _, families = np.unique(generator.integers(0, generator.integers(1, 7), k), return_inverse=True)
+    schedule, ratios = schedule_of(shares, families)
+    expected = slow_schedule(schedule, ratios, families, 1)
+    assert schedule.block(1)[0].tolist() == expected
+    monkeypatch.setattr("data.mixture_schedule._ROUNDS", 1)
+    assert (schedule.block(1)[0].tolist() != expected) == several_rounds
+
+
+def test_a_block_that_only_works_backwards() -> None:
+    """From its start to its end, earliest deadline first misses a window here."""
+    generator = np.random.default_rng(1221)
+    k = int(generator.integers(3, 16))
+    shares = generator.dirichlet(np.ones(k))
+    _, families = np.unique(generator.integers(0, generator.integers(2, 5), k), return_inverse=True)
+    schedule, ratios = schedule_of(shares, families)
+    assert slow_schedule(schedule, ratios, families, 2) != schedule.block(2)[0].tolist()
+    of_languages, of_families = errors(schedule, ratios, families, 2, 1)
+    assert of_languages.max() < 1 + 1e-6 and of_families.max() < 1 + 1e-6
+    languages, before = schedule.block(2)
+    for language in range(k):  # in the order of their numbers all the same
+        assert (np.diff(before[languages == language]) == 1).all()
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_languages_and_families_stay_within_one_sample(seed: int) -> None:
     """At every prefix, for languages with a sample a block: 3 to 120 of them, sizes up to 5000:1,

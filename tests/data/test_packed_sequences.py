@@ -1,3 +1,4 @@
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -59,6 +60,46 @@ def test_padding_predicts_every_token_once(make_store, tokens: int, lengths: lis
     assert labels == store.read(1, tokens).tolist()
     ids, valid = read(sequences, len(lengths) - 1)
     assert ids[valid + 1 :] == [store.info.eod_id] * (25 - valid)
+
+
+def test_rows_of_many_stores(make_store: Callable[..., TokenStore]) -> None:
+    """Whole rows, rows that repeat or end in padding, and a store of another type, in any order."""
+    stores = [
+        make_store("de", "germanic", 1000),
+        make_store("th", "kra-dai", 7),
+        make_store("ru", "slavic", 500),
+        make_store("zh", "sinitic", 300, vocab_size=100_000),
+        make_store("la", "italic", 11),
+    ]
+    assert {store.dtype.name for store in stores} == {"uint16", "int32"}
+    random = np.random.default_rng(0)
+    for tail in Tail:
+        for some in (stores, stores[::-1], stores[1:2], stores[:1] + stores[2:3]):
+            sequences = [PackedSequences(store, 20, tail) for store in some]
+            reader = RowReader(sequences)
+            for b in (0, 1, 200):
+                which = random.integers(0, len(some), b)
+                numbers = random.integers(0, np.array([len(s) for s in sequences])[which])
+                rows = reader.read(which, numbers)
+                assert rows.ids.dtype == np.int64 and rows.ids.shape == (b, 21)
+                expected = [read(sequences[w], n) for w, n in zip(which, numbers, strict=True)]
+                assert rows.ids.tolist() == [ids for ids, _ in expected]
+                assert rows.valid.tolist() == [valid for _, valid in expected]
+            for wrong in (-1, len(sequences[0])):
+                with pytest.raises(IndexError, match=f"sequence {wrong} of {len(sequences[0])}"):
+                    reader.read(np.array([0, 0]), np.array([0, wrong]))
+
+
+def test_a_batch_of_a_store_that_was_cut_off(make_store: Callable[..., TokenStore]) -> None:
+    """Rows that are still there are refused as well: the file is not what it was."""
+    stores = [make_store(code, "germanic", 1000) for code in ("de", "nl")]
+    reader = RowReader([PackedSequences(store, 20) for store in stores])
+    which, numbers = np.array([0, 1, 0]), np.array([0, 3, 1])
+    before = reader.read(which, numbers).ids.tolist()
+    os.truncate(stores[1].prefix.with_suffix(".bin"), 900)
+    with pytest.raises(OSError, match=r"nl.bin: 900 bytes where there were 2,000 on opening"):
+        reader.read(which, numbers)
+    assert reader.read(which[::2], numbers[::2]).ids.tolist() == before[::2]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 16, 17, 1000, 65537])

@@ -13,7 +13,7 @@ from models.moe_config import MoEConfig, RouterType
 from models.router import ExpertRouter, build_router
 from models.router_health import RouterHealth
 from parallel.config import ParallelConfig
-from parallel.megatron import TransformerConfig
+from parallel.megatron import MoEAuxLossAutoScaler, TransformerConfig
 from parallel.runtime import initialize
 
 EXPERTS, HIDDEN, SEQUENCE, BATCH = 6, 12, 8, 4
@@ -107,10 +107,18 @@ def gradients(router: ExpertRouter, hidden: Tensor, upstream: Tensor) -> Gradien
     router.zero_grad()
     hidden = hidden.clone().requires_grad_()
     gates, _ = router(hidden)
-    gates.backward(upstream.reshape(gates.shape))
+    backward(gates, upstream)
     assert hidden.grad is not None
     found = {n: p.grad.clone() for n, p in router.named_parameters() if p.grad is not None}
     return Gradients(found, hidden.grad)
+
+
+def backward(gates: Tensor, upstream: Tensor) -> None:
+    """Without megatron-core's schedules, which set the scale of the attached losses: what it makes
+    of a missing one would stay in this process, and the next schedule would stumble over it."""
+    before = MoEAuxLossAutoScaler.main_loss_backward_scale
+    gates.backward(upstream.reshape(gates.shape))
+    MoEAuxLossAutoScaler.main_loss_backward_scale = before
 
 
 def assert_near(found: Tensor, expected: Tensor) -> None:

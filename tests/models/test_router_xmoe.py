@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -13,15 +11,10 @@ from torch import Tensor
 from models.moe_config import MoEConfig, RouterType, ScoreFunction, TokenDropPolicy
 from models.router import ExpertRouter
 from models.xmoe_router import SMALLEST_TEMPERATURE, cosine_scores, directions
-from parallel.config import OptimizerConfig, ParallelConfig
-from parallel.engine import MegatronEngine
-from parallel.megatron import MegatronModule, ModelType
-from parallel.runtime import initialize
-from tests.distributed import run_on_gloo
 from tests.models.routers import (
     EXPERTS,
     HIDDEN,
-    SEQUENCE,
+    backward,
     gradients,
     make_router,
     moe_settings,
@@ -145,7 +138,7 @@ def train(router: ExpertRouter, optimizer: torch.optim.Optimizer, steps: range) 
     for step in steps:
         optimizer.zero_grad()
         gates, _ = router(tokens(seed=step))
-        gates.backward(pull().reshape(gates.shape))
+        backward(gates, pull())
         optimizer.step()
         router.after_optimizer_step()
 
@@ -226,79 +219,3 @@ def test_capacity_and_frozen_settings_reach_the_router() -> None:
     assert not any(parameter.requires_grad for parameter in router.parameters())
     _, routing_map = router(tokens())
     assert routing_map.sum(0).max() <= math.ceil(routing_map.shape[0] / EXPERTS * 0.5)
-
-
-# ------------------------------------------------------------------------ in the engine, on 2 ranks
-
-
-class OneLayer(MegatronModule):
-    """A linear in the model's type, and a router on top of it."""
-
-    model_type = ModelType.encoder_or_decoder
-
-    def __init__(self, router: ExpertRouter, dtype: torch.dtype) -> None:
-        super().__init__(router.config)
-        generator = torch.Generator().manual_seed(1)
-        weight = torch.randn(HIDDEN, HIDDEN, generator=generator) / math.sqrt(HIDDEN)
-        self.weight = torch.nn.Parameter(weight.to(dtype))
-        self.router = router
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        gates, _ = self.router(hidden.to(self.weight.dtype) @ self.weight)
-        return gates
-
-    def set_input_tensor(self, input_tensor: Tensor) -> None:
-        """What megatron-core's schedules call."""
-
-
-def forward_step(iterator: Iterator[Tensor], model: torch.nn.Module) -> tuple[Tensor, Any]:
-    gates = model(next(iterator))
-
-    def loss(gates: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        upstream = pull(sequences=len(gates) // SEQUENCE).reshape(gates.shape)
-        return (gates * upstream).sum(), torch.tensor(len(gates), dtype=torch.int), {}
-
-    return gates, loss
-
-
-def train_in_engine(dtype: torch.dtype, distributed_optimizer: bool) -> dict[str, Any]:
-    parallel = ParallelConfig(use_distributed_optimizer=distributed_optimizer)
-    runtime = initialize(parallel, seed=1)
-    router = make_router(moe_settings(aux_loss_coeff=0.1), groups=runtime.groups)
-    router.config.params_dtype, router.config.bf16 = dtype, dtype is torch.bfloat16
-    engine = MegatronEngine([OneLayer(router, dtype)], parallel, OptimizerConfig(), runtime)
-    for step in range(3):
-        micro_batches = tokens(seed=step).chunk(2, dim=1)[runtime.rank].split(1, dim=1)
-        engine.forward_backward(
-            micro_batches, forward_step, seq_length=SEQUENCE, micro_batch_size=1
-        )
-        engine.step(0.03)
-    unsettled = router.expert_embeddings.detach().clone()
-    router.settle()  # as the engine does before it saves
-    masters = [p for group in engine.optimizer.param_groups for p in group["params"]]
-    held = sorted(tuple(p.detach().flatten().tolist()) for p in masters if p.numel() > 1)
-    return {
-        "unsettled": unsettled,
-        "parameters": {name: p.detach().clone() for name, p in router.named_parameters()},
-        "masters": held,
-    }
-
-
-@pytest.mark.parametrize("distributed_optimizer", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_engine_keeps_lengths_on_all_ranks_alike(
-    dtype: torch.dtype, distributed_optimizer: bool
-) -> None:
-    ranks = run_on_gloo(2, train_in_engine, dtype, distributed_optimizer)
-    start = dict(make_router(moe_settings()).named_parameters())
-    for name, value in ranks[0]["parameters"].items():
-        assert value.dtype is torch.float32
-        assert torch.equal(value, ranks[1]["parameters"][name])
-        assert not torch.equal(value, start[name])
-    lengths = ranks[0]["parameters"]["expert_embeddings"].double().norm(dim=1)
-    torch.testing.assert_close(lengths, torch.full_like(lengths, 0.1), rtol=1e-7, atol=0)
-    assert not torch.allclose(ranks[0]["unsettled"].norm(dim=1), lengths.float(), rtol=1e-4)
-    # the optimizer goes on from the settled values, not from a copy of what it made itself
-    settled = ranks[0]["parameters"]["expert_embeddings"].flatten().tolist()
-    held = {value for rank in ranks for master in rank["masters"] for value in master}
-    assert set(settled) <= held

@@ -1,7 +1,7 @@
-"""TorchScale's gates and layer against ours, with the same weights, tokens and random numbers.
+"""TorchScale's gates, layer and whole models against ours: same weights, tokens, random numbers.
 
-Both compute in fp32, and forward with the same operations: gates and drops are equal to the bit.
-Sums over tokens add up in another order, here and in gradients: to 2e-5 of the largest.
+Both compute in fp32, and forward with the same operations, but tokens stand in another order, and
+so do the summands of gradients: to 1e-5 of the largest. Which tokens are dropped is equal.
 """
 
 import math
@@ -10,10 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from models.build import build_model
+from models.config import ModelConfig
+from models.initialize import global_parameters
 from models.moe_config import MoEConfig, RouterType, SecondExpertPolicy
 from models.router import Routing
 from models.router_health import RouterHealth
@@ -24,7 +28,6 @@ from models.torchscale_router import (
     make_finite,
     queue_places,
     rescaled_rows,
-    route_top1,
     route_top2,
 )
 from parallel.config import ParallelConfig
@@ -34,7 +37,7 @@ from tests import torchscale_reference
 from tests.distributed import run_on_gloo
 from tests.models.routers import HIDDEN, make_router
 
-SUMS = 2e-5
+SUMS = 1e-5
 TOP2 = MoEConfig(
     num_experts=4, router_topk=2, router=RouterType.torchscale_xmoe, aux_loss_coeff=0.1
 )
@@ -88,15 +91,11 @@ def relative(one: Tensor, other: Tensor) -> float:
     moe=gate_settings(),
     sequences=st.integers(1, 4),
     length=st.integers(1, 20),
-    size=st.sampled_from([0.1, 1.0, 30.0]),
+    size=st.sampled_from([0.1, 1.0, 5.0]),
     training=st.booleans(),
     seed=st.integers(0, 10**6),
 )
-@settings(
-    max_examples=150,
-    deadline=None,
-    derandomize=True,
-)
+@settings(max_examples=150, deadline=None, derandomize=True)
 def test_gates_drops_loss_and_gradients_equal_torchscale(
     moe: MoEConfig, sequences: int, length: int, size: float, training: bool, seed: int
 ) -> None:
@@ -126,7 +125,7 @@ def test_gates_drops_loss_and_gradients_equal_torchscale(
     gates, routing_map = (sequence_after_sequence(t) for t in router(x.transpose(0, 1)))
     leaves = [x, *(p for _, p in sorted(router.named_parameters()))]
     gradients = torch.autograd.grad((gates * weights).sum(), leaves)
-    assert torch.equal(gates, theirs)
+    torch.testing.assert_close(gates, theirs, rtol=0, atol=SUMS)
     assert torch.equal(routing_map, dispatch.any(-1))
     for ours, other in zip(gradients, expected, strict=True):
         assert relative(ours, other) < SUMS
@@ -264,23 +263,116 @@ def test_ranks_with_other_tokens_draw_other_numbers(
     assert torch.equal(one, other) is not sequence_parallel
 
 
+MODEL = ModelConfig(
+    name="reference",
+    num_layers=4,
+    hidden_size=32,
+    ffn_hidden_size=48,
+    num_attention_heads=4,
+    max_position_embeddings=32,
+    make_vocab_size_divisible_by=8,
+    share_embeddings_and_output_weights=False,
+)
+
+
+def models_differ_by(moe: MoEConfig, training: bool) -> tuple[float, float]:
+    """Whole models: relative differences of the logits, and the largest of gradients."""
+    vocab, model = 48, replace(MODEL, moe=moe)
+    torch.manual_seed(5)
+    reference = torchscale_reference.decoder(model, vocab, subln=True, xpos_rel_pos=True)
+    reference.train(training)
+    tokens, labels = torch.randint(0, vocab, (2, 3, 17))
+    torch.manual_seed(6)
+    with torchscale_reference.integer_histograms():
+        expected, extra = reference(tokens)
+    loss = F.cross_entropy(expected.flatten(0, 1), labels.flatten(), reduction="sum")
+    if training:
+        aux = sum(layer for layer in extra["l_aux"] if layer is not None)
+        loss = loss + moe.aux_loss_coeff * labels.numel() * aux
+    loss.backward()
+
+    runtime = initialize(ParallelConfig(), seed=1)
+    MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0))
+    chunk = build_model(model, ParallelConfig(), runtime, vocab_size=vocab, seed=1)[0]
+    torchscale_reference.load(chunk, torchscale_reference.weights_of(reference, model))
+    chunk.train(training)
+    for parameter in chunk.parameters():  # the fused weight gradients go here
+        parameter.main_grad = torch.zeros_like(parameter)
+    hidden: list[Tensor] = []
+    chunk.decoder.register_forward_hook(lambda *args: hidden.append(args[2].detach()))
+    torch.manual_seed(6)
+    chunk(tokens, labels, torch.ones(3, 17)).loss_sum.backward()
+    logits = F.linear(hidden[0], chunk.output_weight()).transpose(0, 1)
+    theirs = torchscale_reference.gradients_of(reference, model)
+    worst = 0.0
+    for name, parameter in global_parameters(chunk):
+        ours = parameter.main_grad if parameter.grad is None else parameter.grad
+        worst = max(worst, relative(ours, theirs[name]))
+    return relative(logits, expected), worst
+
+
+@pytest.mark.parametrize("router", [RouterType.torchscale, RouterType.torchscale_xmoe])
 @pytest.mark.parametrize("topk", [1, 2])
-def test_logits_whose_gates_round_to_the_same_are_a_tie(topk: int) -> None:
-    """The lower expert is the first one, though the other one's logit is larger."""
-    logits = torch.tensor([[1e-9, 2e-9, -1.0, -1.0]])
+@pytest.mark.parametrize("training", [True, False])
+def test_whole_models_equal_torchscale(router: RouterType, topk: int, training: bool) -> None:
+    moe = replace(TOP2, router=router, router_topk=topk)
+    logits, gradients = run_on_gloo(1, models_differ_by, moe, training)[0]
+    assert logits < SUMS
+    assert gradients < SUMS
+
+
+AWKWARD = {
+    # the lower expert is the first one, though the other one's logit is larger
+    "gates that round to the same": [[1e-9, 2e-9, -1.0, -1.0]],
+    "a tiny gate is all that is left": [[20.0, 0.0, -1.0, -1.0], [20.0, -1.0, 0.0, -1.0]],
+    "a gate of 0": [[200.0, 0.0, -1.0, -1.0]],
+}
+
+
+@pytest.mark.parametrize("case", AWKWARD)
+@pytest.mark.parametrize("topk", [1, 2])
+def test_awkward_logits_as_in_torchscale(case: str, topk: int) -> None:
     moe = replace(
         TOP2,
         router=RouterType.torchscale,
         router_topk=topk,
         second_expert_policy=SecondExpertPolicy.all,
+        normalize_gate_prob_before_dropping=False,
     )
-    gate = torchscale_reference.gate(moe, hidden_size=1)
-    gate.wg.weight.data.copy_(logits.T)
+    logits = torch.tensor(AWKWARD[case])
+    gate = torchscale_reference.gate(moe, HIDDEN).eval()
+    gate.wg.weight.data.zero_()[:, : len(logits)] = logits.T
+    x = torch.eye(HIDDEN)[: len(logits)]
     with torchscale_reference.integer_histograms():
-        _, combine, _, _ = gate(torch.ones(1, 1))
-    routing = route_top1(logits, 1, 1) if topk == 1 else route_top2_plainly(logits, 2)
-    assert int(routing.first) == 0
-    assert torch.equal(routing.gates, combine.sum(-1))
+        _, combine, dispatch, _ = gate(x)
+    gates, routing_map = router_of(moe, gate).eval()(x[:, None])
+    assert torch.equal(gates, combine.sum(-1))
+    assert torch.equal(routing_map, dispatch.any(-1))
+
+
+def test_a_token_that_is_not_finite_as_in_torchscale() -> None:
+    gate = torchscale_reference.gate(TOP2, HIDDEN)
+    x = torch.randn(9, HIDDEN, generator=torch.manual_seed(6))
+    x[3, 2] = math.inf
+    torch.manual_seed(6)
+    with torchscale_reference.integer_histograms():
+        _, combine, _, _ = gate(x)
+    torch.manual_seed(6)
+    gates, _ = router_of(TOP2, gate)(x[:, None])
+    assert gates.isfinite().all()
+    assert torch.equal(gates, combine.sum(-1))
+
+
+@pytest.mark.parametrize("topk", [1, 2])
+@pytest.mark.parametrize("policy", SecondExpertPolicy)
+def test_a_router_says_whether_it_draws_random_numbers(
+    topk: int, policy: SecondExpertPolicy
+) -> None:
+    moe = replace(TOP2, router_topk=topk, second_expert_policy=policy)
+    router = router_of(moe, torchscale_reference.gate(moe, HIDDEN))
+    state = torch.get_rng_state()
+    router(torch.ones(2, 2, HIDDEN))
+    assert torch.equal(torch.get_rng_state(), state) is not router.draws
 
 
 def test_gumbel_numbers_are_finite_at_both_ends() -> None:

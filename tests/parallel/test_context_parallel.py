@@ -299,7 +299,7 @@ def train_with_dropout(parallel: ParallelConfig) -> list[float]:
     engine = MegatronEngine(chunks, parallel, OptimizerConfig(), runtime)
     norms = []
     for _ in range(2):
-        engine.seed_dropout(1, 0)
+        engine.seed_random_numbers(1, 0)
         engine.forward_backward(
             micro_batches(EXERCISE, 0, 0, 1),
             partial(forward_step, device=runtime.device),

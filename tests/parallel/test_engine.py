@@ -1,5 +1,6 @@
 """Optimizer and precision of the engine, beyond what the layout parity tests hold."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -7,6 +8,8 @@ import pytest
 import torch
 
 from models.build import build_model
+from models.config import ModelConfig
+from models.moe_config import MoEConfig
 from parallel import adam
 from parallel.config import OptimizerConfig, ParallelConfig, Precision
 from parallel.engine import MegatronEngine
@@ -99,10 +102,13 @@ def test_bf16_with_fp32_gradients_and_master_weights(
     assert rough["losses"] != exact["losses"]
 
 
-def weight_decay_of() -> dict[str, float]:
+SPARSE = replace(MODEL, moe=MoEConfig(num_experts=4))
+
+
+def weight_decay_of(model: ModelConfig) -> dict[str, float]:
     runtime = initialize(ParallelConfig(use_distributed_optimizer=False), 1)
     parallel = ParallelConfig(use_distributed_optimizer=False)
-    chunks = build_model(MODEL, parallel, runtime, vocab_size=VOCAB, seed=7)
+    chunks = build_model(model, parallel, runtime, vocab_size=VOCAB, seed=7)
     engine = MegatronEngine(chunks, parallel, OptimizerConfig(weight_decay=0.3), runtime)
     decay = {
         id(parameter): group["weight_decay"]
@@ -113,9 +119,13 @@ def weight_decay_of() -> dict[str, float]:
     return {name: decay[id(parameter)] for name, parameter in chunks[0].named_parameters()}
 
 
-def test_weight_decay_skips_biases_and_norms() -> None:
-    for name, decay in run_on_gloo(1, weight_decay_of)[0].items():
-        spared = name.endswith("bias") or "norm" in name
+@pytest.mark.parametrize("model", [MODEL, SPARSE], ids=["dense", "sparse"])
+def test_weight_decay_skips_biases_and_norms(model: ModelConfig) -> None:
+    """Experts stack theirs into matrices; X-MoE's embeddings keep their norm, and its temperature
+    is a factor."""
+    also = ("router.temperature", "router.expert_embeddings")
+    for name, decay in run_on_gloo(1, weight_decay_of, model)[0].items():
+        spared = name.endswith(("bias", *also)) or "norm" in name
         assert decay == (0.0 if spared else 0.3), name
 
 
@@ -215,6 +225,48 @@ def buffers_alone() -> list[int]:
 
 def test_one_rank_does_not_copy_its_buffers_onto_themselves() -> None:
     assert run_on_gloo(1, buffers_alone) == [[4, 0]]
+
+
+def pending_gathers(model: ModelConfig, parallel: ParallelConfig) -> list[str]:
+    """Parameters used in a forward pass whose gather nobody had waited for."""
+    runtime = initialize(parallel, 1)
+    chunks = build_model(model, parallel, runtime, vocab_size=VOCAB, seed=7)
+    engine = MegatronEngine(chunks, parallel, OptimizerConfig(), runtime)
+    pending: set[str] = set()
+
+    def forward(batches: Any, chunk: Any) -> Any:
+        out = forward_step(batches, chunk, device=runtime.device)
+        for name, parameter in chunk.module.named_parameters():
+            group = chunk.param_to_bucket_group[parameter]
+            if group.param_gather_handle is not None or not group.param_gather_dispatched:
+                pending.add(name)
+        return out
+
+    for _ in range(2):
+        pending.clear()  # nothing is gathered before the first step
+        engine.forward_backward(
+            micro_batches(0, 1, runtime.data_parallel_rank, runtime.data_parallel_size),
+            forward,
+            seq_length=SEQ_LENGTH,
+            micro_batch_size=1,
+        )
+        engine.step(1e-3)
+    shutdown(runtime)
+    return sorted(pending)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("model", [MODEL, SPARSE], ids=["dense", "sparse"])
+@pytest.mark.parametrize("pipeline", [1, 2])
+def test_no_weight_is_used_before_its_gather_has_ended(
+    pipeline: int, model: ModelConfig, tied: bool
+) -> None:
+    """Hooks of modules wait; a weight read without calling its module would be the last step's."""
+    parallel = ParallelConfig(
+        pipeline_model_parallel_size=pipeline, overlap_grad_reduce=True, overlap_param_gather=True
+    )
+    model = replace(model, share_embeddings_and_output_weights=tied)
+    assert run_on_gloo(2 * pipeline, pending_gathers, model, parallel) == [[]] * 2 * pipeline
 
 
 def gradient_against_its_definition() -> float:

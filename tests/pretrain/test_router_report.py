@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from launch.schema import load
 from models.build import build_model
 from models.config import ModelConfig
 from models.moe_config import MoEConfig
@@ -24,8 +28,10 @@ from parallel.engine import MegatronEngine
 from parallel.runtime import Runtime, initialize, shutdown
 from pretrain import parity, router_report
 from pretrain.config import PretrainConfig, TrainConfig
+from pretrain.report import read_curves
 from pretrain.router_plot import evenly_spaced, last_table, plot_router, relative_shares
 from pretrain.router_report import RouterReport, open_router_report, routing_metrics
+from pretrain.run import run
 from pretrain.tracker import NullTracker
 from pretrain.train_step import forward_losses, train_step
 from tests.distributed import run_on_gloo
@@ -107,7 +113,7 @@ def report_of(
 
 
 def run_on_rank(parallel: ParallelConfig, micro_batch_size: int, run_dir: str) -> dict[str, Any]:
-    """Records this rank's part of two training steps and three evaluations."""
+    """Records this rank's part of two training steps and four evaluations."""
     runtime = initialize(parallel, seed=1)
     stages = runtime.pipeline_parallel_size
     chunks = parallel.virtual_pipeline_model_parallel_size
@@ -164,7 +170,7 @@ def run_on_rank(parallel: ParallelConfig, micro_batch_size: int, run_dir: str) -
     report.write_table(NullTracker())
     # of seven sequences, the first, third and fifth (and not the padding)
     with mock.patch.object(router_report, "PROBE_TOKENS", 3 * POSITIONS):
-        for step in (1, 1, 2):
+        for step in (1, 1, 2, 2):
             with report.probing(Validation(micro_batches)):  # type: ignore[arg-type]
                 forward(step, training=False)
             out["evaluations"].append(report.evaluation_metrics())
@@ -262,9 +268,10 @@ def test_one_process_counts_what_was_routed(one_process: tuple[Any, list[dict[st
 def test_collapse_and_fluctuation_of_the_probe(
     one_process: tuple[Any, list[dict[str, Any]]],
 ) -> None:
-    first, same, other = one_process[0]["evaluations"]
+    first, same, other, settled = one_process[0]["evaluations"]
     assert not [name for name in first if name.endswith("fluctuation")]  # nothing to compare with
-    assert same["router/fluctuation"] == same["router/layer_02/fluctuation"] == 0
+    for unmoved in (same, settled):
+        assert unmoved["router/fluctuation"] == unmoved["router/layer_02/fluctuation"] == 0
     valid = torch.zeros(POSITIONS, SEQUENCES, dtype=torch.bool)
     valid[:, [0, 3, 5]] = True
     for layer in LAYERS:
@@ -322,8 +329,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, list[dict[st
 
 def test_a_real_model_reports(trained: tuple[Any, list[dict[str, Any]]]) -> None:
     found, (table,) = trained
-    tokens = 2 * SEQUENCES * POSITIONS
-    assert [sum(map(sum, layer)) for layer in table["load"]] == [tokens * TOPK] * 2
+    batches = [
+        b for step in range(2) for b in parity.micro_batches(exercise_of(SPARSE), step, 0, 1)
+    ]
+    indic = sum(int((batch.language_ids == 2).sum()) for batch in batches)
+    choices = [n * POSITIONS * TOPK for n in (2 * SEQUENCES - indic, indic)]
+    assert [list(map(sum, layer)) for layer in table["load"]] == [choices] * 2
     assert 1 <= found["training"]["router/load_max"] < EXPERTS / TOPK
     assert 0 < found["training"]["router/entropy"] <= math.log(EXPERTS)
     assert 0.9 < found["training"]["router/balance_loss"] < EXPERTS
@@ -371,9 +382,11 @@ def test_routers_without_a_balance_loss_report_none() -> None:
     }
 
 
-def resumed_on_rank(run_dir: str) -> list[int]:
-    """A run of four steps with tables at 2 and 4, and one that goes on from step 3."""
+def resumed_on_rank(run_dir: str) -> list[dict[str, Any]]:
+    """A run of four steps with tables at 2 and 4, and one that goes on from step 3: the lines of
+    both."""
     runtime = initialize(ParallelConfig(), seed=1)
+    lines = []
     for first, resumed_step in ((1, None), (4, 3)):
         health = RouterHealth()
         report = report_of(runtime, [health], ParallelConfig(), run_dir, resumed_step=resumed_step)
@@ -386,17 +399,20 @@ def resumed_on_rank(run_dir: str) -> list[int]:
                 report.write_table(NullTracker())
                 report.write_table(NullTracker())  # nothing new: no second line
         report.close()
+        lines += table_lines(Path(run_dir))
     shutdown(runtime)
-    return [1]
+    return lines
 
 
 def test_table_of_a_resumed_run(tmp_path: Path) -> None:
-    run_on_gloo(1, resumed_on_rank, str(tmp_path))
-    first, second = table_lines(tmp_path)
+    first, second, kept, resumed = run_on_gloo(1, resumed_on_rank, str(tmp_path))[0]
     assert (first["first_step"], first["step"]) == (1, 2)
     assert first["load"][0] == [[6] * EXPERTS, [3] * EXPERTS]  # germanic are two of the languages
-    assert (second["first_step"], second["step"]) == (4, 4)  # step 3 was counted by nobody
-    assert second["load"][1] == [[8] * EXPERTS, [4] * EXPERTS]
+    assert (second["first_step"], second["step"]) == (3, 4)
+    assert second["load"][1] == [[14] * EXPERTS, [7] * EXPERTS]
+    assert kept == first
+    assert (resumed["first_step"], resumed["step"]) == (4, 4)  # step 3 is in no line any more
+    assert resumed["load"][1] == [[8] * EXPERTS, [4] * EXPERTS]
 
 
 def test_table_in_weights_and_biases(tmp_path: Path) -> None:
@@ -482,3 +498,30 @@ def test_no_report_of_dense_models_nor_where_none_is_wanted(
     unused: Any = None
     config = PretrainConfig(model=model, train=train)
     assert open_router_report(config, unused, unused, unused, None) is None
+
+
+def whole_run(run_dir: str) -> str:
+    """Six steps of a real run on this rank; what it printed."""
+    os.environ["XDG_CACHE_HOME"] = f"{run_dir}/cache"
+    settings = ["+experiment=tiny_cpu", "model=xmoe_tiny", "data.languages=[de,hi,zh]"]
+    settings += ["data.seq_length=32", "train.train_steps=6", "train.eval_interval=2"]
+    settings += ["train.router_health_interval=2", "train.eval_sequences=2"]
+    config = load([*settings, "parallel=pp2", f"run_dir={run_dir}"])
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        run(config)
+    return printed.getvalue()
+
+
+def test_a_run_reports_its_routing(tmp_path: Path) -> None:
+    printed, _ = run_on_gloo(2, whole_run, str(tmp_path))
+    assert f"routing  {tmp_path}/router.png" in printed
+    assert (tmp_path / "router.png").read_bytes().startswith(b"\x89PNG")
+    assert [(line["first_step"], line["step"]) for line in table_lines(tmp_path)] == [
+        (1, 2),
+        (3, 4),
+        (5, 6),
+    ]
+    curves = read_curves(tmp_path / "metrics.jsonl")
+    assert curves["router/layer_04/entropy"][0] == [2, 4, 6]
+    assert curves["router/layer_02/collapse"][0] == [0, 2, 4, 6]
+    assert curves["router/fluctuation"][0] == [2, 4, 6]
