@@ -10,9 +10,10 @@ do nothing, which is what routing, sorting and summing cost.
 
 GELU; fp32 on a CPU, bf16 with CUDA. `magnetron` has what TorchScale's layer has: X-MoE's router,
 sub-LayerNorm, biases. `magnetron-plain` has what megatron-core's has: a linear router, neither of
-those. TorchScale drops tokens beyond an expert's capacity, the others drop none. Prints a table for
-each number of tokens and of experts a token; writes every single figure as JSON, and the tables as
-Markdown beside it.
+those. Ours adds its weight gradients to buffers that are there already, as it trains; the others
+make new ones, which a training would still have to add to its buffers. TorchScale drops tokens
+beyond an expert's capacity, the others drop none. Prints a table for each number of tokens and of
+experts a token; writes every single figure as JSON, and the tables as Markdown beside it.
 """
 
 from __future__ import annotations
@@ -142,6 +143,7 @@ def our_layer(size: Size, dtype: torch.dtype, placement: LayerNormPlacement) -> 
     submodules = MoESubmodules(router=build_router(model.moe), experts=expert_spec(model))
     groups = ProcessGroupCollection.use_mpu_process_groups()
     config = transformer_config(size, dtype, biases=torchscale)
+    config.gradient_accumulation_fusion = True
     layer = MoELayer(config, submodules, 1, groups)
     with torch.no_grad():
         for name, parameter in layer.named_parameters():
@@ -149,6 +151,8 @@ def our_layer(size: Size, dtype: torch.dtype, placement: LayerNormPlacement) -> 
                 parameter.fill_(model.moe.temperature)
             elif "norm" not in name and "bias" not in name:
                 parameter.normal_(std=parameter.shape[-1] ** -0.5)
+    for parameter in layer.experts.parameters():  # DistributedDataParallel's part
+        parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32)
     return layer
 
 

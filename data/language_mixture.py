@@ -8,9 +8,10 @@
                          ->  a permutation keyed by (seed, language, epoch) -> the sequence
                                                                          (data/packed_sequences.py)
 
-Every language and family stays within one sample of its exact share at every prefix (few exceptions:
-data/mixture_schedule.py), so also in every batch. Memory and start-up do not depend on how long the training is, and lengthening a run,
-or changing what comes later in it, changes nothing that came before.
+Every language and family stays within one sample of its exact share at every prefix, so also in
+every batch (data/mixture_schedule.py: the few exceptions). Memory and start-up do not depend on how
+long the training is, and lengthening a run, or changing what comes later in it, changes nothing
+that came before.
 """
 
 from __future__ import annotations

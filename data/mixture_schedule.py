@@ -21,7 +21,7 @@ families, or whose families are never early, take one round.
 So a block of 2048 samples is computed from its number alone, in 1 to 3 ms, and any sample of any
 run is found without an index. Languages and families stay within one sample of x at every n: at the
 block borders by construction, in between in all but few mixtures (of 10 794 random ones with round
-shares 5 had a language off by 1.01 to 1.11; the tests draw others). Languages that get less than
+shares 5 had a language off by up to 1.11; the tests draw others). Languages that get less than
 one sample in a block are another exception: at the borders they are rounded to the nearest number
 whatever their family's sum, and the others make up for it.
 """

@@ -53,7 +53,7 @@ def grouped_matmul(
 
     `out` is written to and returned, if given.
     """
-    if x.device.type == "cpu" or len(rows) == 1:
+    if x.device.type == "cpu" or len(rows) == 1 or len(x) == 0:
         return matmul_loop(x, weight, rows, out)
     if _has_grouped_kernel(x, weight):
         y = matmul_grouped_mm(x, weight, rows)
@@ -137,7 +137,8 @@ class GradientSum:
         total = self.total[block.groups].view(len(block.rows), -1, self.total.shape[-1])
         pieces = zip(inputs.split(block.rows), grad_output.split(block.rows), total, strict=True)
         for inputs_i, grad_output_i, total_i in pieces:
-            accumulate_weight_gradient(inputs_i, grad_output_i, total_i)
+            if len(inputs_i):
+                accumulate_weight_gradient(inputs_i, grad_output_i, total_i)
 
     def result(self) -> Tensor | None:
         """What a backward pass returns for the parameter."""

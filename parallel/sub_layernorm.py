@@ -73,6 +73,8 @@ class SubLayerNormRowParallelLinear(RowParallelLinear):
     Collectives: "folded" makes those of RowParallelLinear and no other; "all_reduce" one more
     forward and one more backward.
 
+    Experts have a sub-LayerNorm of their own form (models/experts.py).
+
     Raises ValueError for expert layers, an input that is not sharded, and unknown settings.
     """
 
@@ -88,9 +90,9 @@ class SubLayerNormRowParallelLinear(RowParallelLinear):
     ) -> None:
         if is_expert:
             raise ValueError(
-                "is_expert=True: a sub-LayerNorm inside experts would cancel the routing "
-                "probability megatron-core multiplies on before the second linear; use "
-                "RowParallelLinear there."
+                "is_expert=True: this norm would cancel the routing probability, which "
+                "megatron-core's experts multiply on before their second linear; use the experts "
+                "of models/experts.py, which multiply it on after it."
             )
         if not input_is_parallel:
             raise ValueError(

@@ -35,7 +35,8 @@ EXERCISE = Exercise(
     model=MODEL, vocab_size=VOCAB, seq_length=SEQ_LENGTH, global_batch_size=GLOBAL_BATCH
 )
 
-X_MOE = MoEConfig(num_experts=8, router_topk=2, z_loss_coeff=1e-3)
+# cosines amplify rounding by how much shorter a token becomes in the router's space: not too narrow
+X_MOE = MoEConfig(num_experts=8, router_topk=2, router_dim=8, z_loss_coeff=1e-3)
 # what every layout is tried with
 MODELS = {
     "dense": MODEL,

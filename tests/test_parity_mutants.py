@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from models.moe_config import MoEConfig
 from parallel.config import ContextParallelComm, ParallelConfig
 from pretrain.parity import Exercise, RankRecord, compare, merge, table, train_on_rank
 from tests.distributed import run_on_gloo
@@ -23,6 +24,10 @@ CLEARLY = 10.0  # times the bound: no defect may be mistaken for rounding
 
 TWO_LAYERS = exercise_of(variant(num_layers=2), global_batch_size=4)
 FOUR_LAYERS = exercise_of(variant(num_layers=4), global_batch_size=4)
+EXPERTS = exercise_of(
+    variant(num_layers=2, moe=MoEConfig(num_experts=4, router_topk=2, router_dim=8)),
+    global_batch_size=4,
+)
 
 
 @dataclass(frozen=True)
@@ -196,11 +201,115 @@ def chunks_numbered_within_their_stage(patch: Patch) -> None:
     patch.setattr("models.initialize.get_transformer_layer_offset", without_interleaving)
 
 
+def balance_counts_of_one_rank(patch: Patch) -> None:
+    """The balance loss takes the share of an expert among a rank's own part of the sequence."""
+    import models.router
+
+    class Alone:
+        def size(self) -> int:
+            return 1
+
+    def local(scores: Any, first: Any, sequences: int, group: Any) -> Any:
+        alone: Any = Alone()
+        return balance_loss(scores, first, sequences, alone)
+
+    balance_loss = models.router.balance_loss
+    patch.setattr("models.router.balance_loss", local)
+
+
+def balance_loss_of_every_tensor_rank(patch: Patch) -> None:
+    """Each tensor-parallel rank adds the loss of all their tokens, not of its own."""
+    import models.router
+    from parallel.megatron import parallel_state
+
+    class Scaled:
+        @staticmethod
+        def apply(gates: Any, loss: Any) -> Any:
+            return attach(gates, loss * parallel_state.get_tensor_model_parallel_world_size())
+
+    attach = models.router.MoEAuxLossAutoScaler.apply
+    patch.setattr("models.router.MoEAuxLossAutoScaler", Scaled)
+
+
+def expert_gradients_scaled_by_expert_ranks(patch: Patch) -> None:
+    import parallel.engine
+
+    def scaled(chunks: Any, num_tokens: Any, **options: Any) -> None:
+        finalize(chunks, num_tokens, **options)
+        for chunk in chunks:
+            for buffer in chunk.expert_parallel_buffers:
+                buffer.scale_gradients(chunk.module.pg_collection.ep.size())
+
+    finalize = parallel.engine.finalize_model_grads
+    patch.setattr("parallel.engine.finalize_model_grads", scaled)
+
+
+def _mark_experts(patch: Patch, **marks: Any) -> None:
+    from models.experts import ExpertFeedForward
+
+    def marked(self: Any, *shape: int, **options: Any) -> Any:
+        parameter = make(self, *shape, **options)
+        for name, value in marks.items():
+            setattr(parameter, name, value)
+        return parameter
+
+    make = ExpertFeedForward._parameter
+    patch.setattr(ExpertFeedForward, "_parameter", marked)
+
+
+def expert_gradients_summed_over_all_data_ranks(patch: Patch) -> None:
+    """Ranks that hold other experts are taken for replicas."""
+    _mark_experts(patch, allreduce=True)
+
+
+def experts_of_one_tensor_rank_in_the_gradient_norm(patch: Patch) -> None:
+    """What is not marked as sharded counts as a copy of what tensor-parallel rank 0 has."""
+    _mark_experts(patch, tensor_model_parallel=False)
+
+
+def router_gradients_of_own_tokens(patch: Patch) -> None:
+    """Each tensor-parallel rank routes its part of the sequence, and nobody sums over them."""
+    from models.router import ExpertRouter
+
+    def unmarked(self: Any, *shape: int, **options: Any) -> Any:
+        parameter: Any = make(self, *shape, **options)
+        parameter.sequence_parallel = False
+        return parameter
+
+    make = ExpertRouter.new_parameter
+    patch.setattr(ExpertRouter, "new_parameter", unmarked)
+
+
+def expert_biases_of_the_first_rank_only(patch: Patch) -> None:
+    """Expert-tensor ranks add their parts of a bias to the same columns of the output."""
+    from models.experts import ExpertFeedForward
+
+    def first_columns(self: Any, *arguments: Any, **options: Any) -> None:
+        build(self, *arguments, **options)
+        self.bias_columns = slice(0, self.bias_columns.stop - self.bias_columns.start)
+
+    build = ExpertFeedForward.__init__
+    patch.setattr(ExpertFeedForward, "__init__", first_columns)
+
+
+def expert_norms_over_their_shard(patch: Patch) -> None:
+    import models.experts
+
+    def local(*arguments: Any) -> Any:
+        *inputs, _ = arguments if len(arguments) == 7 else (*arguments, None)
+        return norm(*inputs)
+
+    norm = models.experts._grouped_norm
+    patch.setattr("models.experts._grouped_norm", local)
+
+
 def context(size: int, comm: str = "all_gather", **more: Any) -> ParallelConfig:
     return layout(context_parallel_size=size, cp_comm_type=ContextParallelComm(comm), **more)
 
 
 OVERLAPPED = layout(overlap_grad_reduce=True, overlap_param_gather=True)
+EP2 = layout(expert_model_parallel_size=2)
+ETP2 = layout(expert_tensor_parallel_size=2)
 MUTANTS = [
     Mutant(norms_are_not_marked_sequence_parallel, 2, layout(tp=2, sp=True)),
     Mutant(sub_layernorm_statistics_of_the_shard, 2, layout(tp=2)),
@@ -218,6 +327,21 @@ MUTANTS = [
     Mutant(parameters_gathered_too_late, 2, OVERLAPPED),
     Mutant(shards_drawn_alike, 2, layout(tp=2)),
     Mutant(chunks_numbered_within_their_stage, 2, layout(pp=2, vpp=2), FOUR_LAYERS),
+    Mutant(balance_counts_of_one_rank, 2, layout(tp=2, sp=True), EXPERTS),
+    Mutant(balance_counts_of_one_rank, 2, context(2), EXPERTS),
+    Mutant(balance_loss_of_every_tensor_rank, 2, layout(tp=2, sp=True), EXPERTS),
+    Mutant(expert_gradients_scaled_by_expert_ranks, 2, EP2, EXPERTS),
+    Mutant(expert_gradients_summed_over_all_data_ranks, 2, EP2, EXPERTS),
+    Mutant(
+        experts_of_one_tensor_rank_in_the_gradient_norm,
+        2,
+        layout(tp=2, sp=True, expert_model_parallel_size=2),
+        EXPERTS,
+    ),
+    Mutant(router_gradients_of_own_tokens, 2, layout(tp=2, sp=True), EXPERTS),
+    Mutant(shards_drawn_alike, 2, EP2, EXPERTS),
+    Mutant(expert_biases_of_the_first_rank_only, 2, ETP2, EXPERTS),
+    Mutant(expert_norms_over_their_shard, 2, ETP2, EXPERTS),
 ]
 
 

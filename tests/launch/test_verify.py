@@ -10,7 +10,10 @@ from typing import Any
 
 import pytest
 
-from pretrain.verify import RanksFailed, run_ranks
+from launch.schema import load
+from pretrain.parity import NearTie
+from pretrain.shrink import shrink
+from pretrain.verify import RanksFailed, report, run_ranks
 from tests.parity import EXERCISE, layout
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -107,6 +110,28 @@ def test_nothing_heavy_is_imported_before_the_check(tmp_path: Path) -> None:
     imported = {line.rpartition("|")[2].strip() for line in ended.stderr.splitlines()}
     assert "pretrain.shrink" in imported
     assert not imported & {"torch", "megatron", "numpy", "wandb", "pretrain.parity"}
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (RanksFailed("rank 1 of 2: why"), "rank 1 of 2: why\n\nFAIL: the training did not run"),
+        (NearTie("two scores"), "No verdict: two scores."),
+    ],
+)
+def test_no_verdict_is_no_pass(
+    error: Exception,
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("pretrain.verify.verify", fail)
+    config = load(["+model=magneto_tiny", "parallel=tp2"])
+    assert not report(config, shrink(config, 2), timeout=1.0)
+    assert words in capsys.readouterr().out
 
 
 def run(monkeypatch: pytest.MonkeyPatch, train: Callable[..., Any], timeout: float = 20.0) -> Any:

@@ -544,6 +544,11 @@ def test_each_router_type_has_its_class(router_type: RouterType, expected: type)
     }
 
 
+@pytest.mark.parametrize("router_type", OWN)
+def test_only_sampling_routers_ask_for_seeds(router_type: RouterType) -> None:
+    assert make_router(moe_settings(router_type)).draws is (router_type is RouterType.sparsemixer)
+
+
 def test_padding_is_refused() -> None:
     router = make_router(moe_settings())
     with pytest.raises(ValueError, match="padding_mask is given"):

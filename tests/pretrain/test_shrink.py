@@ -1,13 +1,14 @@
 """What a configuration is made small to: the structure stays, and the layout as far as it fits."""
 
 from dataclasses import replace
+from functools import cache
 
 import pytest
 
 from launch.schema import CONF, load
 from models.config import ModelConfig
 from models.moe_config import MoEConfig, RouterType
-from parallel.config import ConfigError
+from parallel.config import ConfigError, ParallelConfig
 from pretrain.config import PretrainConfig, TrainConfig, validate
 from pretrain.shrink import Shrunk, processes_needed, shrink
 
@@ -15,9 +16,15 @@ MODELS = sorted(path.stem for path in (CONF / "model").glob("*.yaml"))
 LAYOUTS = sorted(path.stem for path in (CONF / "parallel").glob("*.yaml"))
 
 
+@cache
 def config(*words: str) -> PretrainConfig:
     loaded = load([word if "=" in word else f"parallel={word}" for word in words])
     return replace(loaded, train=TrainConfig(global_batch_size=64, micro_batch_size=4))
+
+
+@cache
+def parallel_configs() -> list[ParallelConfig]:
+    return [config("+model=magneto_6_7b", layout).parallel for layout in LAYOUTS]
 
 
 def tried(small: Shrunk) -> dict[str, int]:
@@ -27,8 +34,8 @@ def tried(small: Shrunk) -> dict[str, int]:
 @pytest.mark.parametrize("name", MODELS)
 def test_every_shipped_model_shrinks_under_every_layout_it_allows(name: str) -> None:
     allowed = 0
-    for layout in LAYOUTS:
-        whole = config(f"+model={name}", layout)
+    for parallel in parallel_configs():
+        whole = replace(config(f"+model={name}"), parallel=parallel)
         try:
             validate(whole, processes_needed(whole.parallel))
         except ConfigError:
