@@ -19,7 +19,7 @@ WANTED := $(shell { pwd; cat pyproject.toml constraints.txt; } | cksum | cut -d'
 INSTALLED := $(VENV)/.installed-$(WANTED)
 PIP := $(RUN) -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: help setup demo test test-all test-gpu check format clean
+.PHONY: help setup demo test test-all test-gpu parity check format clean
 
 help:
 	@echo 'make demo      train a small multilingual model on $(NPROC) CPU ranks and report'
@@ -27,6 +27,8 @@ help:
 	@echo 'make test      the tests, but for the slow ones and those that need a GPU'
 	@echo 'make test-all  also the slow ones'
 	@echo 'make test-gpu  the ones that need a GPU'
+	@echo 'make parity    every layout up to 8 ranks against one process; an hour, goes on where'
+	@echo '               it was stopped, and writes docs/parity.md'
 	@echo 'make check     ruff and mypy'
 	@echo 'make format    let ruff put the code into form'
 	@echo 'make setup     only make .venv'
@@ -73,6 +75,9 @@ test-all: $(INSTALLED)
 
 test-gpu: $(INSTALLED)
 	$(RUN) -m pytest -m gpu $(ARGS)
+
+parity: $(INSTALLED)
+	$(RUN) -m tests.parity_matrix $(ARGS)
 
 check: $(INSTALLED)
 	$(RUN) -m ruff check .

@@ -239,10 +239,12 @@ def read_run(folder: Path, twin: Twin, seed: int, steps: int) -> Run:
         last = curves[name][0][-1] if name in curves else None
         if last != steps:
             reached = "is missing" if last is None else f"ends at step {last}"
-            raise BrokenRun(f"{folder}: {name} {reached} and must reach step {steps}; run it again")
+            raise BrokenRun(
+                f"{folder}: {name} {reached} and must reach step {steps}; run the study again"
+            )
     loads = _read_loads(folder / "router.jsonl") if twin.sparse else {}
     if twin.sparse and steps not in loads:
-        raise BrokenRun(f"{folder}: router.jsonl has no line of step {steps}; run it again")
+        raise BrokenRun(f"{folder}: router.jsonl has no line of step {steps}; remove the folder")
     model = OmegaConf.merge(
         OmegaConf.structured(ModelConfig), OmegaConf.load(folder / "config.yaml").model
     )

@@ -44,7 +44,7 @@ class OutputProjection(ColumnParallelLinear):
     a hook of the module's call, and would otherwise hand out what the last step has not updated.
     """
 
-    def forward(self, shared: Tensor | None) -> Tensor:  # type: ignore[override]
+    def forward(self, shared: Tensor | None) -> Tensor:
         return self.weight if shared is None else shared
 
 

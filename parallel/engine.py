@@ -18,7 +18,7 @@ import torch
 
 from parallel import adam
 from parallel.collectives import skip_collectives_of_one_rank
-from parallel.config import OptimizerConfig, ParallelConfig
+from parallel.config import ConfigError, OptimizerConfig, ParallelConfig
 from parallel.megatron import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -81,6 +81,9 @@ class MegatronEngine:
             (the optimizer copies them into its fp32 master weights).
         parallel, optimizer: settings.
         runtime: this process's place in the layout.
+
+    Raises ConfigError for parameters of two types (routers in bf16) without the distributed
+    optimizer.
     """
 
     def __init__(
@@ -96,6 +99,7 @@ class MegatronEngine:
         self.runtime = runtime
         self.parallel = parallel
         config = chunks[0].config
+        _check_types(chunks, parallel)
         ddp_config = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
             overlap_grad_reduce=parallel.overlap_grad_reduce,
@@ -126,6 +130,7 @@ class MegatronEngine:
             list(self.chunks),
             config_overrides=_without_weight_decay(),
         )
+        _find_fp32_parameters(self.optimizer)
         adam.initialize_state(self.optimizer)
         for group in self.optimizer.param_groups:
             # megatron-core leaves this product to a scheduler of its own: without it biases and
@@ -277,6 +282,32 @@ def _without_weight_decay() -> dict[ParamKey, ParamGroupOverride]:
         predicate=ParamPredicate("vector", lambda parameter: parameter.dim() == 1),
     )
     return {key: ParamGroupOverride(wd_mult=0.0)}
+
+
+def _check_types(chunks: Sequence[MegatronModule], parallel: ParallelConfig) -> None:
+    types = {parameter.dtype for chunk in chunks for parameter in chunk.parameters()}
+    if len(types) > 1 and not parallel.use_distributed_optimizer:
+        raise ConfigError(
+            "parallel.use_distributed_optimizer=false cannot save a model with routers in bf16: "
+            "they stay fp32, and megatron-core's plain optimizer stores one type only; use "
+            "parallel.use_distributed_optimizer=true, or parallel.precision=fp32"
+        )
+
+
+def _find_fp32_parameters(optimizer: Any) -> None:
+    """Let megatron-core 0.16.1 find the master weights of fp32 parameters among bf16 ones.
+
+    Its distributed optimizer puts a group's fp32 parameters (routers) first, but numbers them in
+    the order of its buffers: checkpoints would hold the state of other parameters under their
+    names, or fail where sizes differ.
+    """
+    for one in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if not hasattr(one, "model_param_group_index_map"):
+            continue
+        groups = zip(one.model_fp32_groups, one.model_float16_groups, strict=True)
+        for index, (full, half) in enumerate(groups):
+            for place, parameter in enumerate([*full, *half]):
+                one.model_param_group_index_map[parameter] = (index, place)
 
 
 def _count_padding_between_buckets(chunks: Sequence[Any]) -> None:

@@ -276,8 +276,9 @@ def _tidy_up() -> None:
     import torch.distributed as dist
 
     from parallel import runtime
-    from parallel.megatron import tensor_parallel
+    from parallel.megatron import MoEAuxLossAutoScaler, tensor_parallel
 
+    MoEAuxLossAutoScaler.main_loss_backward_scale = None
     if runtime._current is not None:
         runtime.shutdown(runtime._current)
     runtime._drop_model_parallel_groups()

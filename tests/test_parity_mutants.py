@@ -20,7 +20,7 @@ from tests.distributed import run_on_gloo
 from tests.parity import assert_same, exercise_of, layout, reference_of, train_exercise, variant
 
 Patch = pytest.MonkeyPatch
-CLEARLY = 10.0  # times the bound: no defect may be mistaken for rounding
+CLEARLY = 100.0  # times the bound: no defect may be mistaken for rounding
 
 TWO_LAYERS = exercise_of(variant(num_layers=2), global_batch_size=4)
 FOUR_LAYERS = exercise_of(variant(num_layers=4), global_batch_size=4)
@@ -352,14 +352,25 @@ def train_mutated(index: int) -> RankRecord:
         return train_on_rank(mutant.exercise, mutant.parallel)
 
 
+_seen_right: set[str] = set()
+
+
+def assert_right_without(mutant: Mutant) -> None:
+    """The layout equals one process as the code is; tried once for all its mutants."""
+    key = repr((mutant.exercise, mutant.parallel))
+    if key not in _seen_right:
+        found = train_exercise(mutant.exercise, mutant.parallel, mutant.world_size)
+        assert_same(found, reference_of(mutant.exercise))
+        _seen_right.add(key)
+
+
 @pytest.mark.parametrize(
     "index", range(len(MUTANTS)), ids=[mutant.inject.__name__ for mutant in MUTANTS]
 )
 def test_the_comparison_sees(index: int) -> None:
     mutant = MUTANTS[index]
-    expected = reference_of(mutant.exercise)
-    assert_same(train_exercise(mutant.exercise, mutant.parallel, mutant.world_size), expected)
+    assert_right_without(mutant)
     mutated = merge(run_on_gloo(mutant.world_size, train_mutated, index))
-    differences = compare(mutated, expected)
+    differences = compare(mutated, reference_of(mutant.exercise))
     print(table(differences))
     assert any(not row.deviation <= CLEARLY * row.bound for row in differences), table(differences)
