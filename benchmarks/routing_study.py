@@ -1,7 +1,7 @@
 """Trains twins that differ in their router alone, and compares how they route: dense, SMoE, X-MoE.
 
     python -m benchmarks.routing_study --seeds 3
-    python -m benchmarks.routing_study --corpus CORPUS --steps 300 model.hidden_size=192
+    python -m benchmarks.routing_study --corpus CORPUS --steps 1000 model.hidden_size=192
 
 SMoE is Switch (arXiv 2101.03961): linear router, softmax gate, one expert a token. X-MoE (arXiv
 2204.09179) scores by cosines in few dimensions. The dense twin has as many active parameters but
@@ -43,7 +43,7 @@ from pretrain.report import Curve, family_of, read_curves
 REPOSITORY = Path(__file__).resolve().parents[1]
 SETTINGS_FILE, LOG_FILE = "study_settings.json", "output.log"  # in a run's folder
 
-EVALUATIONS, ROUTER_REPORTS = 12, 24  # over a run
+EVALUATIONS, ROUTER_REPORTS = 10, 20  # over a run, evenly spaced
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ COMMON = (
     "train.micro_batch_size=16",
     "train.global_batch_size=16",
     "train.eval_sequences=2",
-    "optimizer.lr=2e-3",
+    "optimizer.lr=4e-3",
     "checkpoint.save_interval=0",
     "wandb.mode=disabled",
 )
@@ -163,8 +163,8 @@ def plan_jobs(given: argparse.Namespace) -> list[Job]:
     data += [f"data.tokenizer={given.tokenizer.resolve()}"] if given.tokenizer else []
     length = [
         f"train.train_steps={given.steps}",
-        f"train.eval_interval={max(1, given.steps // EVALUATIONS)}",
-        f"train.router_health_interval={max(1, given.steps // ROUTER_REPORTS)}",
+        f"train.eval_interval={given.steps // EVALUATIONS}",
+        f"train.router_health_interval={given.steps // ROUTER_REPORTS}",
         f"schedule.lr_warmup_steps={given.steps // 10}",
     ]
     return [
@@ -527,7 +527,7 @@ def parse_arguments() -> argparse.Namespace:
         help="a tokenizer.json (default: the one that ships with the package)",
     )  # fmt: skip
     parser.add_argument("--seeds", type=int, default=3, help="runs of each twin (default: 3)")
-    parser.add_argument("--steps", type=int, default=300, help="of each run (default: 300)")
+    parser.add_argument("--steps", type=int, default=400, help="of each run (default: 400)")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: 2)")
     parser.add_argument("--out", type=Path, default=Path("runs/routing_study"))
     parser.add_argument("settings", nargs="*", help="SETTING=VALUE, for every run")
@@ -535,6 +535,11 @@ def parse_arguments() -> argparse.Namespace:
     for option in ("seeds", "steps", "jobs"):
         if getattr(given, option) < 1:
             parser.error(f"--{option}={getattr(given, option)}: at least 1 is needed")
+    if given.steps % ROUTER_REPORTS:
+        parser.error(
+            f"--steps={given.steps} must be a multiple of {ROUTER_REPORTS}, or the last evaluation "
+            "is nearer to the one before than others are"
+        )
     for option in ("corpus", "tokenizer"):
         path = getattr(given, option)
         if path is not None and not path.exists():

@@ -24,31 +24,34 @@ from tests.parity import (
     layout,
     legal_layouts_of,
     reference,
+    reference_of,
     train,
+    train_exercise,
     variant,
 )
 
+EXERCISES = {kind: exercise_of(model, global_batch_size=4) for kind, model in MODELS.items()}
+
 
 def chosen_layouts(kind: str) -> list[Layout]:
-    exercise = exercise_of(MODELS[kind])
-    chosen = pairwise_cover(legal_layouts_of(exercise, sizes=(1, 2)))
+    chosen = pairwise_cover(legal_layouts_of(EXERCISES[kind], sizes=(1, 2)))
     if kind != "xmoe shared":  # shared experts are shared out as dense layers are
-        chosen += each_value_once(legal_layouts_of(exercise, max_ranks=4))
+        chosen += each_value_once(legal_layouts_of(EXERCISES[kind], max_ranks=4))
     return list({layout.name: layout for layout in chosen}.values())
 
 
 CASES = {
-    f"{kind}, {layout.name}": (model, layout)
-    for kind, model in MODELS.items()
+    f"{kind}, {layout.name}": (EXERCISES[kind], layout)
+    for kind in EXERCISES
     for layout in chosen_layouts(kind)
 }
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_layout_equals_one_process(name: str) -> None:
-    model, chosen = CASES[name]
-    result = train(chosen.parallel, model, world_size=chosen.world_size)
-    assert_same(result, reference(model))
+    exercise, chosen = CASES[name]
+    result = train_exercise(exercise, chosen.parallel, chosen.world_size)
+    assert_same(result, reference_of(exercise))
 
 
 VARIANTS = {

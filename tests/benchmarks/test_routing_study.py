@@ -186,7 +186,7 @@ def test_broken_runs_are_refused(tmp_path: Path) -> None:
 
 
 def study(monkeypatch: pytest.MonkeyPatch, out: Path, *words: str) -> int:
-    arguments = ["routing_study", "--seeds", "1", "--steps", "2", "--out", str(out), *words]
+    arguments = ["routing_study", "--seeds", "1", "--steps", "20", "--out", str(out), *words]
     monkeypatch.setattr(sys, "argv", arguments)
     return routing_study.main()
 
@@ -195,6 +195,7 @@ def study(monkeypatch: pytest.MonkeyPatch, out: Path, *words: str) -> int:
     ("arguments", "expected"),
     [
         (["--seeds", "0"], "--seeds=0: at least 1"),
+        (["--steps", "30"], "--steps=30 must be a multiple of 20"),
         (["--corpus", "no/such/folder"], "--corpus=no/such/folder does not exist"),
     ],
 )
@@ -236,9 +237,9 @@ def test_tiny_study(
     assert [run["twin"] for run in written["runs"]] == ["dense", "smoe", "xmoe"]
     dense, smoe, xmoe = written["runs"]
     assert dense["last_loads"] is None
-    # 16 sequences of 32 tokens, a choice each, in both sparse layers
+    # two steps of 16 sequences of 32 tokens, a choice each, in both sparse layers
     loads = np.asarray(smoe["last_loads"])
-    assert loads.shape == (2, 4, 16) and loads.sum((1, 2)).tolist() == [512, 512]
+    assert loads.shape == (2, 4, 16) and loads.sum((1, 2)).tolist() == [1024, 1024]
     assert 0 <= xmoe["final"]["router/fluctuation"] <= 1
     assert xmoe["final"]["router/balance_loss"] != smoe["final"]["router/balance_loss"]
     assert "| germanic |" in (out / "study.md").read_text()
