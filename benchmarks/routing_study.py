@@ -60,6 +60,7 @@ SMOE = Twin("smoe", "SMoE", "#c8552b", ("model.moe.router=linear",))
 XMOE = Twin("xmoe", "X-MoE", "#1f5fa8", ("model.moe.router=xmoe",))
 TWINS = (DENSE, SMOE, XMOE)
 SPARSE = (SMOE, XMOE)
+DIFFERENCES = ((SMOE, DENSE), (XMOE, SMOE))  # of twins with the same seed
 
 # for every run; what is said on the command line comes after it and wins
 COMMON = (
@@ -132,11 +133,11 @@ class Spread:
 
 @dataclass(frozen=True)
 class Row:
-    """One measure of every twin, and X-MoE's minus SMoE's of the same seed."""
+    """One measure of every twin, and of DIFFERENCES taken seed by seed, in their order."""
 
     name: str
     twins: dict[str, Spread]
-    difference: Spread | None
+    differences: list[Spread]
 
 
 # ---------------------------------------------------------------- running
@@ -326,7 +327,7 @@ def summarize(runs: Sequence[Run]) -> list[Row]:
     )
     for name, measure in consistency:
         spreads = {twin.name: Spread.of(measure(last_loads(runs, twin))) for twin in SPARSE}
-        rows.append(Row(name, spreads, None))
+        rows.append(Row(name, spreads, [Spread.of([])] * len(DIFFERENCES)))
     return rows
 
 
@@ -341,7 +342,8 @@ def metric_row(runs: Sequence[Run], metric: str, name: str) -> Row:
         twin.name: Spread.of(run.final(metric) for run in runs if run.twin == twin.name)
         for twin in TWINS
     }
-    return Row(name, spreads, Spread.of(paired(runs, metric, XMOE, SMOE)))
+    differences = [Spread.of(paired(runs, metric, *twins)) for twins in DIFFERENCES]
+    return Row(name, spreads, differences)
 
 
 def last_loads(runs: Sequence[Run], twin: Twin) -> list[Loads]:
@@ -357,15 +359,14 @@ def parameter_counts(runs: Sequence[Run]) -> dict[str, ParameterCount]:
 
 
 def markdown_table(heading: str, rows: Sequence[Row]) -> str:
-    """Mean ± standard deviation (number of values) of each twin."""
+    """Mean ± standard deviation (number of values) of each twin and of differences."""
     labels = [twin.label for twin in TWINS]
-    lines = [
-        f"| {heading} | {' | '.join(labels)} | X-MoE − SMoE, seed by seed |",
-        "|---|" + "--:|" * (len(labels) + 1),
-    ]
+    labels += [f"{plus.label} − {minus.label}" for plus, minus in DIFFERENCES]
+    lines = [f"| {heading} | {' | '.join(labels)} |", "|---|" + "--:|" * len(labels)]
     for row in rows:
         cells = [_cell(row.twins.get(twin.name)) for twin in TWINS]
-        lines.append(f"| {row.name} | {' | '.join(cells)} | {_cell(row.difference, '+')} |")
+        cells += [_cell(spread, "+") for spread in row.differences]
+        lines.append(f"| {row.name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -572,7 +573,7 @@ def main() -> int:
         [
             markdown_table("all tokens", summarize(runs)),
             markdown_table("validation loss", summarize_families(runs)),
-            "Mean ± standard deviation (number of runs, or of pairs of runs).",
+            "Mean ± standard deviation (number of runs, or of pairs); differences seed by seed.",
             describe_parameters(runs),
             *(f"- left out: {problem}" for problem in problems),
         ]

@@ -177,12 +177,12 @@ class ModelConfig:
                 f"layers sparse; use {layers} or less"
             ]
         placement = self.layer_norm_placement
-        norm_last = (LayerNormPlacement.post_ln, LayerNormPlacement.deepnorm)
-        if moe.sparse_after_layer and placement in norm_last:
+        norm_first = (LayerNormPlacement.sub_ln, LayerNormPlacement.pre_ln)
+        if moe.sparse_after_layer and placement not in norm_first:
             return [
                 f"model.moe.sparse_after_layer={moe.sparse_after_layer} adds a sublayer that "
-                f"norms its input, and model.layer_norm_placement={placement.value} norms after "
-                "the sublayer; use sub_ln or pre_ln, or model.moe.layer_freq"
+                f"norms its input, beside a plain residual, which model.layer_norm_placement="
+                f"{placement.value} has not; use sub_ln or pre_ln, or model.moe.layer_freq"
             ]
         return []
 

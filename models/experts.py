@@ -352,7 +352,9 @@ class _FeedForward(torch.autograd.Function):
                 z = owner.activation_and_norm(*leaves, n)
             dy = d_out[span]
             if dgates is not None:
-                dgates[span] = (dy * y[span]).sum(-1, dtype=torch.float32)
+                dgates[span] = (dy.float() * y[span]).sum(
+                    -1
+                )  # fp32 products: all a router learns from
                 dy = (dy * gates[span, None]).to(x.dtype)
             dz = grouped_matmul(dy, w2[of], n)
             du, *d_norm = torch.autograd.grad(z, [p for p in leaves if p is not None], dz)

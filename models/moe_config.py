@@ -5,10 +5,14 @@ neither torch nor megatron-core.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import Enum
 
 from parallel.config import ConfigError, below
+
+# X-MoE's learnable temperature is kept here or above, which the paper does not say; below 0 all
+# scores would change their sign.
+SMALLEST_TEMPERATURE = 0.01
 
 
 class RouterType(Enum):
@@ -68,7 +72,8 @@ class MoEConfig:
     router: RouterType = RouterType.xmoe
     router_topk: int = 1  # experts a token is sent to
     router_score_function: ScoreFunction = ScoreFunction.softmax  # of xmoe and linear
-    router_dim: int | None = None  # of the space xmoe compares in; None: half of num_experts
+    # of the space xmoe compares in; None: half of num_experts, and 2 at least
+    router_dim: int | None = None
     # start of xmoe's learnable temperature, and the constant one of its balance loss; None: the
     # paper's 0.3 with softmax, 0.07 with sigmoid
     router_temperature: float | None = None
@@ -97,7 +102,7 @@ class MoEConfig:
     @property
     def dim(self) -> int:
         """Width of the space that `xmoe` compares in."""
-        return self.router_dim if self.router_dim is not None else max(1, self.num_experts // 2)
+        return self.router_dim if self.router_dim is not None else max(2, self.num_experts // 2)
 
     def sparse_layers(self, num_layers: int) -> list[int]:
         """Layers, counted from 0, that have experts: instead of their feed-forward, or (with
@@ -142,33 +147,48 @@ class MoEConfig:
         }.items():
             if positive is not None and not (math.isfinite(positive) and positive > 0):
                 problems.append(f"{name}={positive} must be a finite number above 0, or null")
+        temperature, lowest = self.router_temperature, SMALLEST_TEMPERATURE
+        if temperature is not None and 0 < temperature < lowest:
+            problems.append(
+                f"model.moe.router_temperature={temperature} must be {lowest} or more, where the "
+                "router keeps it"
+            )
+        if not math.isfinite(self.eval_capacity_token_fraction):
+            problems.append(
+                f"model.moe.eval_capacity_token_fraction={self.eval_capacity_token_fraction} must "
+                "be a number; 0 or less is the rule of training"
+            )
         problems += self._rules_between_settings()
         if problems:
             raise ConfigError(*problems)
 
     def _rules_between_settings(self) -> list[str]:
-        problems = []
-        experts, topk = self.num_experts, self.router_topk
-        router = f"model.moe.router={self.router.value}"
+        if self.num_experts == 0:
+            return [
+                f"{typed} sets up experts, and model.moe.num_experts=0 is a dense model; set "
+                "model.moe.num_experts, or leave it out"
+                for typed in self._changed()
+            ]
+        problems = [
+            f"{typed} belongs to model.moe.router={' or '.join(owners)}, and changes nothing for "
+            f"model.moe.router={self.router.value}; leave it out"
+            for typed, owners in self._without_effect()
+        ]
+        experts, topk, router = self.num_experts, self.router_topk, self.router.value
         if 0 < experts < topk:
             problems.append(
                 f"model.moe.router_topk={topk} must not exceed model.moe.num_experts={experts}; "
                 f"use {experts} or less"
             )
-        two_at_most = (RouterType.sparsemixer, RouterType.torchscale, RouterType.torchscale_xmoe)
-        if self.router in two_at_most and topk > 2:
+        if topk > 2 and router in ("sparsemixer", "torchscale", "torchscale_xmoe"):
             problems.append(
-                f"model.moe.router_topk={topk}: {router} is defined for 1 and 2 experts a token"
+                f"model.moe.router_topk={topk}: model.moe.router={router} is defined for 1 and 2 "
+                "experts a token"
             )
-        capacity = self.expert_capacity_factor
-        own_capacity = (RouterType.torchscale, RouterType.torchscale_xmoe)
-        if capacity is not None and self.router in (*own_capacity, RouterType.sparsemixer):
-            has = (
-                "brings its own capacity" if self.router in own_capacity else "never drops a token"
-            )
+        if router == "xmoe" and self.dim < 2:
             problems.append(
-                f"model.moe.expert_capacity_factor={capacity}: {router} {has}; leave it null, or "
-                "use model.moe.router=xmoe or linear"
+                f"model.moe.router_dim={self.dim} must be 2 or more: on a line there are two "
+                "directions, and no gradient that would turn one into the other"
             )
         if self.stacked_sublayers > 1 and not self.sparse_after_layer:
             problems.append(
@@ -176,4 +196,56 @@ class MoEConfig:
                 "placement; name the layer it stands after as model.moe.sparse_after_layer, or use "
                 "model.moe.stacked_sublayers=1"
             )
+        if self.sparse_after_layer and self.layer_freq != _default("layer_freq"):
+            problems.append(
+                f"model.moe.layer_freq={self.layer_freq} changes nothing beside "
+                f"model.moe.sparse_after_layer={self.sparse_after_layer}; leave one of them out"
+            )
+        if self.expert_capacity_factor is None and self.token_drop_policy is not (
+            _default("token_drop_policy")
+        ):
+            problems.append(
+                f"model.moe.token_drop_policy={self.token_drop_policy.value} drops nothing without "
+                "model.moe.expert_capacity_factor; set that, or leave it out"
+            )
         return problems
+
+    def _changed(self) -> list[str]:
+        """Settings that are not at their defaults, as typed."""
+        return [
+            f"model.moe.{field.name}={getattr(value, 'value', value)}"
+            for field in fields(self)
+            if (value := getattr(self, field.name)) != field.default
+        ]
+
+    def _without_effect(self) -> list[tuple[str, tuple[str, ...]]]:
+        """Settings of other routers that were changed, and whose they are."""
+        found = []
+        for typed in self._changed():
+            owners = SETTINGS_OF_ROUTERS.get(typed.removeprefix("model.moe.").partition("=")[0])
+            if owners is not None and self.router.value not in owners:
+                found.append((typed, owners))
+        return found
+
+
+# which routers read a setting; those not listed are every router's
+_COSINE = ("xmoe",)
+_TORCHSCALE = ("torchscale", "torchscale_xmoe")
+SETTINGS_OF_ROUTERS = {
+    "router_score_function": ("xmoe", "linear"),
+    "router_dim": _COSINE,
+    "router_temperature": _COSINE,
+    "router_bias_update_rate": ("aux_free",),
+    "router_jitter_eps": ("sparsemixer",),
+    "aux_loss_coeff": ("xmoe", "linear", "sparsemixer", *_TORCHSCALE),
+    "balance_scope": ("xmoe", "linear", "sparsemixer", *_TORCHSCALE),
+    # TorchScale's gates bring a capacity of their own, SparseMixer never drops a token
+    "expert_capacity_factor": ("xmoe", "linear", "aux_free"),
+    "second_expert_policy": _TORCHSCALE,
+    "normalize_gate_prob_before_dropping": _TORCHSCALE,
+    "eval_capacity_token_fraction": _TORCHSCALE,
+}
+
+
+def _default(name: str) -> object:
+    return next(field.default for field in fields(MoEConfig) if field.name == name)

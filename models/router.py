@@ -250,12 +250,14 @@ class ExpertRouter(MegatronModule):
     def limit(self, routing: Routing) -> Routing:
         """Drop what exceeds the experts' capacity, if they have one.
 
-        An expert takes ceil(t·k/E · expert_capacity_factor) of this rank's tokens; so which tokens
-        are dropped depends on the layout and on micro_batch_size. Gates of what is left stay as
-        they are.
+        In training an expert takes ceil(t·k/E · expert_capacity_factor) of this rank's tokens; so
+        which tokens are dropped depends on the layout and on micro_batch_size, and with the policy
+        `probs` a token may be dropped for one that follows it. In evaluation and sampling none is
+        dropped: what a token gets must not depend on what comes after it. Gates of what is left
+        stay as they are.
         """
         factor = self.moe.expert_capacity_factor
-        if factor is None:
+        if factor is None or not self.training:
             return routing
         tokens = routing.chosen.shape[0]
         capacity = math.ceil(tokens * self.topk / self.num_experts * factor)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.initialize import EMBEDDING_NORM
-from models.moe_config import MoEConfig, ScoreFunction
+from models.moe_config import SMALLEST_TEMPERATURE, MoEConfig, ScoreFunction
 from models.router import ExpertRouter, Routing, project
 from models.router_health import RouterHealth
 from parallel.megatron import ProcessGroupCollection, TransformerConfig
@@ -20,8 +20,6 @@ from parallel.megatron import ProcessGroupCollection, TransformerConfig
 # Projected tokens shorter than this point nowhere: score 0 with every expert, and no gradient,
 # which would otherwise grow with the inverse of the length.
 SHORTEST = 1e-6
-# The paper leaves the learnable temperature free; at 0 or below it scores would change their sign.
-SMALLEST_TEMPERATURE = 0.01
 
 
 class XMoERouter(ExpertRouter):

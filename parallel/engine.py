@@ -237,7 +237,14 @@ class MegatronEngine:
                 module.after_optimizer_step()
         return StepResult(grad_norm, applied)
 
-    def sharded_state_dict(self, *, is_loading: bool = False) -> dict[str, Any]:
+    @property
+    def has_frozen_parameters(self) -> bool:
+        """Whether this rank holds parameters that no optimizer knows."""
+        return any(not p.requires_grad for chunk in self.chunks for p in chunk.parameters())
+
+    def sharded_state_dict(
+        self, *, is_loading: bool = False, weights_only: bool = False
+    ) -> dict[str, Any]:
         """Weights and optimizer state as megatron-core's sharded tensors, layout-free keys."""
         if not is_loading:
             self._settle()
@@ -247,6 +254,8 @@ class MegatronEngine:
             f"model{index}": chunk.module.sharded_state_dict(metadata=metadata)
             for index, chunk in enumerate(self.chunks)
         }
+        if weights_only:
+            return state
         models = state["model0"] if len(self.chunks) == 1 else dict(state)
         state["optimizer"] = self.optimizer.sharded_state_dict(
             models, is_loading=is_loading, metadata=metadata
@@ -266,11 +275,15 @@ class MegatronEngine:
             yield from (module for module in chunk.modules() if hasattr(module, method))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `parallel.checkpoint_io.load` filled in."""
+        """Take over what `parallel.checkpoint_io.load` filled in; weights alone where there is no
+        optimizer state in it, which then stays as it is."""
         for index, chunk in enumerate(self.chunks):
             chunk.module.load_state_dict(state[f"model{index}"], strict=True)
         with torch.no_grad():  # fp32 master weights may be views of parameters
-            self.optimizer.load_state_dict(state["optimizer"])
+            if "optimizer" in state:
+                self.optimizer.load_state_dict(state["optimizer"])
+            else:
+                self.optimizer.reload_model_params()
 
 
 def _without_weight_decay() -> dict[ParamKey, ParamGroupOverride]:

@@ -111,8 +111,8 @@ class FailureWatch:
         return json.loads(text) if text else None
 
     def _look(self) -> None:
-        with suppress(dist.DistError):
-            while not self._ended.wait(self.interval):
+        while not self._ended.wait(self.interval):
+            with suppress(dist.DistError):  # a store that has hiccups, or has gone
                 note = self._note()
                 if note is None or note["rank"] == self.rank:
                     continue

@@ -110,9 +110,20 @@ class Checkpoints:
         stored = checkpoint_io.load_plain_values(path)
         consumed = stored["train_state"]["consumed_sequences"]
         check_identity(stored.get("identity", {}), self.identity, path, parts, consumed)
-        state = checkpoint_io.load(engine.sharded_state_dict(is_loading=True), path)
+        # Another run may have trained what is frozen here: then its optimizer state does not fit.
+        weights_only = "data" not in parts and _on_any_rank(engine.has_frozen_parameters)
+        wanted = engine.sharded_state_dict(is_loading=True, weights_only=weights_only)
+        state = checkpoint_io.load(wanted, path)
+        if weights_only:
+            state.pop("optimizer", None)  # of what is not sharded all is read
         engine.load_state_dict(state)
         return TrainState(**stored["train_state"])
+
+
+def _on_any_rank(mine: bool) -> bool:
+    found: list[bool] = [False] * dist.get_world_size()
+    dist.all_gather_object(found, mine)
+    return any(found)
 
 
 def check_identity(

@@ -15,6 +15,7 @@ from parallel.config import (
     ContextParallelComm,
     OptimizerConfig,
     ParallelConfig,
+    Precision,
     RecomputeGranularity,
     below,
 )
@@ -105,7 +106,9 @@ class CheckpointConfig:
     save_interval: int = 500  # steps; 0: only at the end and on a signal
     keep_last: int = 3  # older checkpoints are removed; 0 keeps all
     resume: Resume = Resume.auto
-    load: str = ""  # another run's checkpoint folder to start from (weights and optimizer)
+    # another run's checkpoint folder to start from: weights and optimizer, or the weights alone
+    # where some are frozen here
+    load: str = ""
 
     def __post_init__(self) -> None:
         problems = below(
@@ -171,7 +174,7 @@ def validate(config: PretrainConfig, world_size: int) -> RankLayout:
         problems += error.problems
     problems += _tensor_parallel(config) + _pipeline_parallel(config)
     problems += _context_parallel(config) + _sequence(config)
-    problems += _experts(config)
+    problems += _experts(config, layout.ranks_per_stage if layout else None)
     if layout is not None:
         problems += _batch(config, layout.data_parallel_size)
     problems += _learning_rate(config)
@@ -204,7 +207,7 @@ def _tensor_parallel(config: PretrainConfig) -> list[str]:
     ]
 
 
-def _experts(config: PretrainConfig) -> list[str]:
+def _experts(config: PretrainConfig, ranks_per_stage: int | None) -> list[str]:
     model, parallel, moe = config.model, config.parallel, config.model.moe
     ep, etp = parallel.expert_model_parallel_size, parallel.expert_tensor_parallel_size
     typed = {
@@ -221,9 +224,16 @@ def _experts(config: PretrainConfig) -> list[str]:
         ]
     problems = []
     if moe.num_experts % ep:
+        shared_out = math.gcd(moe.num_experts, ranks_per_stage or 0)  # gcd with 0: the other
         problems.append(
             f"parallel.expert_model_parallel_size={ep} must divide model.moe.num_experts="
-            f"{moe.num_experts}; {_which_do(_divisors(moe.num_experts))}"
+            f"{moe.num_experts}; {_which_do(_divisors(shared_out))}"
+        )
+    unsharded = not parallel.use_distributed_optimizer
+    if unsharded and parallel.precision is Precision.bf16:
+        problems.append(
+            "parallel.use_distributed_optimizer=false with parallel.precision=bf16 cannot save "
+            "the routers, which stay fp32; use parallel.use_distributed_optimizer=true"
         )
     widths = {
         f"the width of an expert, {model.expert_ffn_hidden_size}": model.expert_ffn_hidden_size,
@@ -331,9 +341,10 @@ def _sequence(config: PretrainConfig) -> list[str]:
             "under parallel.sequence_parallel=true"
         )
     if length % unit:
-        problems.append(
-            f"{typed} must be a multiple of {' x '.join(factors)}; use {_neighbours(length, unit)}"
-        )
+        fits = _neighbours(length, unit)
+        if length >= unit and (length // unit + 1) * unit > longest:
+            fits = f"{length // unit * unit}"
+        problems.append(f"{typed} must be a multiple of {' x '.join(factors)}; use {fits}")
     return problems
 
 

@@ -27,7 +27,7 @@ errors cancel: a few u. The bounds leave room above what docs/parity.md lists, a
 the weakest defect of tests/test_parity_mutants.py. They are made for small models: sums over more
 tokens and channels need looser ones.
 
-The largest entry tells how large the terms of a sum were, unless they cancel, as they may in tensors
+The largest entry tells how large the terms of a sum were unless they cancel, as they may in tensors
 of few entries: the gradient of a router's temperature, a sum over all tokens, comes out a thousand
 times smaller than its partial sums, and these are rounded to u. Gradients below `SMALL` = 1e-2 of
 the gradient norm are therefore measured as if they were so large, which lets through 1e-7 of the

@@ -172,8 +172,20 @@ def identity(config: PretrainConfig, data: Data) -> dict[str, Any]:
     """What a checkpoint must agree with to be resumed: the model's shape and the data stream."""
     model = asdict_plain(config.model)
     model["vocab_size"] = vocab_size(config, data)
-    for free_to_change in ("name", "hidden_dropout", "attention_dropout", "init_method_std"):
+    for free_to_change in ("name", "hidden_dropout", "attention_dropout", "init_method_std", "moe"):
         model.pop(free_to_change)
+    moe = config.model.moe
+    if moe.num_experts:  # a dense model's checkpoint knows nothing of experts
+        model |= {
+            "moe.num_experts": moe.num_experts,
+            "moe.sparse_layers": moe.sparse_layers(config.model.num_layers),
+            "moe.sparse_after_layer": moe.sparse_after_layer,
+            "moe.stacked_sublayers": moe.stacked_sublayers,
+            "moe.ffn_hidden_size": config.model.expert_ffn_hidden_size,
+            "moe.shared_expert_intermediate_size": moe.shared_expert_intermediate_size,
+            "moe.router": moe.router.value,
+            "moe.router_dim": moe.dim,
+        }
     return {"model": model, "data": data.mixture.fingerprint()}
 
 

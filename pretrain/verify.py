@@ -13,6 +13,7 @@ import pickle
 import tempfile
 import time
 import traceback
+import warnings
 from dataclasses import replace
 from datetime import timedelta
 from multiprocessing.connection import wait
@@ -199,6 +200,7 @@ def _rank(
     timeout: float,
 ) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
+    warnings.filterwarnings("ignore", module=r"megatron\.")  # about speed, from every rank
     try:
         dist.init_process_group(
             "gloo",

@@ -27,10 +27,12 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
-# before torch is imported, here and in the processes started from here
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
+if __name__ == "__main__":
+    # before torch is imported, here and in the processes started from here
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 from pretrain.layouts import Layout, one_of_each_size, pairwise_cover
 from pretrain.parity import Bounds, compare
@@ -40,7 +42,14 @@ from tests.parity import MODELS, exercise_of, legal_layouts_of, reference, train
 REPOSITORY = Path(__file__).resolve().parents[1]
 LOG = REPOSITORY / "runs" / "parity.jsonl"
 PAGE = REPOSITORY / "docs" / "parity.md"
-SOURCES = ("parallel", "models", "pretrain", "data/batch.py", "tests/parity.py")
+# what a training and its comparison run through
+SOURCES = (
+    "parallel",
+    "models",
+    "data/batch.py",
+    *(f"pretrain/{name}.py" for name in ("parity", "layouts", "config", "loss", "train_step")),
+    "tests/parity.py",
+)
 
 
 @dataclass(frozen=True)
@@ -63,21 +72,20 @@ class Trial:
 def main() -> int:
     options = _options()
     source = fingerprint()
+    wanted = {
+        model: chosen(model, options.max_ranks, every=options.every) for model in options.models
+    }
     known = {(trial.model, trial.layout): trial for trial in read(LOG) if trial.source == source}
-    wanted = [
-        (model, layout)
-        for model in options.models
-        for layout in chosen(model, options.max_ranks, every=options.every)
-    ]
     if not options.write:
-        missing = [(m, layout) for m, layout in wanted if (m, layout.name) not in known]
-        print(f"{len(wanted)} layouts, of which {len(wanted) - len(missing)} are known")
+        cases = [(model, layout) for model, layouts in wanted.items() for layout in layouts]
+        missing = [(model, layout) for model, layout in cases if (model, layout.name) not in known]
+        print(f"{len(cases)} layouts, of which {len(cases) - len(missing)} are known")
         for trial in _try_all(missing, source, options.jobs):
             known[trial.model, trial.layout] = trial
-    trials = [known[m, layout.name] for m, layout in wanted if (m, layout.name) in known]
-    PAGE.write_text(page(trials, len(wanted)))
-    failed = [trial for trial in trials if not trial.passed]
-    print(f"{len(trials) - len(failed)} of {len(trials)} layouts equal one process; see {PAGE}")
+    PAGE.write_text(page(list(known.values()), sum(len(chosen(model, 8)) for model in MODELS)))
+    tried = [trial for trial in known.values() if trial.model in options.models]
+    failed = sum(not trial.passed for trial in tried)
+    print(f"{len(tried) - failed} of {len(tried)} layouts equal one process; see {PAGE}")
     return 1 if failed else 0
 
 
@@ -145,7 +153,7 @@ def read(log: Path) -> list[Trial]:
 
 
 def fingerprint() -> str:
-    """Of all source that a training runs through, and of the libraries below it."""
+    """Of `SOURCES`, and of the libraries below them."""
     digest = hashlib.blake2b(f"{_versions()}".encode(), digest_size=8)
     for source in SOURCES:
         place = REPOSITORY / source
@@ -170,12 +178,12 @@ def page(trials: Sequence[Trial], wanted: int) -> str:
         "",
         f"Written by `python -m tests.parity_matrix` on {datetime.now(UTC):%Y-%m-%d}, with "
         f"{_versions()}, fp32 on CPU processes over gloo. "
-        f"{len(trials)} of {wanted} layouts tried, {failed} failed.",
+        f"{len(trials)} layouts tried of {wanted}, {failed} failed.",
         "",
         *_summary(by_model),
     ]
-    for model, found in by_model.items():
-        lines += ["", f"## {model}", "", *_table(list(found.values()))]
+    for model in filter(by_model.__contains__, MODELS):
+        lines += ["", f"## {model}", "", *_table(list(by_model[model].values()))]
     return "\n".join(lines) + "\n"
 
 
@@ -206,7 +214,7 @@ def _summary(by_model: dict[str, dict[str, Trial]]) -> list[str]:
 
 def _table(trials: Sequence[Trial]) -> list[str]:
     lines = ["| ranks | layout | losses | gradients | weights | |", "|---|---|---|---|---|---|"]
-    for trial in sorted(trials, key=lambda trial: trial.world_size):
+    for trial in sorted(trials, key=lambda trial: (trial.world_size, trial.layout)):
         worst = [_worst([trial], kind) for kind in ("losses", "gradients", "weights")]
         verdict = "" if trial.passed else f"**FAIL** {'; '.join(trial.beyond)}"
         if trial.error:

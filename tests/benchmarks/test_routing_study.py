@@ -122,9 +122,10 @@ def test_differences_are_taken_seed_by_seed() -> None:
     ]
     assert paired(runs, "eval/loss", XMOE, SMOE) == [-1.0, -0.5]
     loss = summarize(runs)[0]
-    assert loss.difference is not None
-    assert (loss.difference.mean, loss.difference.n) == (-0.75, 2)
-    assert loss.difference.deviation == pytest.approx(math.sqrt(0.125))
+    against_dense, against_smoe = loss.differences
+    assert (against_smoe.mean, against_smoe.n) == (-0.75, 2)
+    assert against_smoe.deviation == pytest.approx(math.sqrt(0.125))
+    assert against_dense.n == 0
     assert loss.twins["smoe"].n == 3 and loss.twins["dense"].n == 0
 
 
@@ -137,11 +138,13 @@ def test_tables() -> None:
         a_run(XMOE, 2, {"eval/loss": 4.5, family: 2.0, "router/entropy": 1.0}),
     ]
     table = markdown_table("all tokens", summarize(runs)).splitlines()
-    assert table[0].startswith("| all tokens | dense | SMoE | X-MoE |")
-    loss = "6.000 (1) | 5.000 (1) | 5.000 ± 0.707 (2) | +0.500 (1) |"
+    assert table[0].startswith(
+        "| all tokens | dense | SMoE | X-MoE | SMoE − dense | X-MoE − SMoE |"
+    )
+    loss = "6.000 (1) | 5.000 (1) | 5.000 ± 0.707 (2) | -1.000 (1) | +0.500 (1) |"
     assert table[2] == f"| validation loss, nats per token | {loss}"
-    assert "| routing entropy, nats | - | 2.000 (1) | 1.250 ± 0.354 (2) | -0.500 (1) |" in table
-    assert table[-2].endswith("| - | - | 1.000 (1) | - |")  # one pair of X-MoE runs, alike
+    assert "| routing entropy, nats | - | 2.000 (1) | 1.250 ± 0.354 (2) | - | -0.500 (1) |" in table
+    assert table[-2].endswith("| - | - | 1.000 (1) | - | - |")  # one pair of X-MoE runs, alike
     (indic,) = summarize_families(runs)
     assert indic.name == "indic" and indic.twins["dense"].mean == 4.0
 

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from models.moe_config import MoEConfig, RouterType
+from models.moe_config import SETTINGS_OF_ROUTERS, MoEConfig, RouterType
 from models.router import ExpertRouter, build_router
 from models.router_health import RouterHealth
 from parallel.config import ParallelConfig
@@ -34,7 +34,10 @@ class Alone:
 
 
 def moe_settings(router: RouterType = RouterType.xmoe, **changes: Any) -> MoEConfig:
-    return MoEConfig(num_experts=EXPERTS, router=router, **changes)
+    """`changes` that belong to other routers are left out: tests try several with the same ones."""
+    owners = SETTINGS_OF_ROUTERS
+    own = {name: v for name, v in changes.items() if router.value in owners.get(name, router.value)}
+    return MoEConfig(num_experts=EXPERTS, router=router, **own)
 
 
 def transformer_settings(

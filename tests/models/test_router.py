@@ -448,14 +448,20 @@ def test_dropping_by_position_keeps_the_first() -> None:
 @pytest.mark.parametrize("policy", TokenDropPolicy)
 @pytest.mark.parametrize("router_type", [RouterType.xmoe, RouterType.linear, RouterType.aux_free])
 def test_capacity_limits_each_expert(router_type: RouterType, policy: TokenDropPolicy) -> None:
-    settings: dict[str, Any] = {"router_topk": 2, "token_drop_policy": policy}
-    free, chosen = make_router(moe_settings(router_type, **settings))(tokens())
-    settings["expert_capacity_factor"] = 0.9
-    gates, routing_map = make_router(moe_settings(router_type, **settings))(tokens())
+    free, chosen = make_router(moe_settings(router_type, router_topk=2))(tokens())
+    limited = moe_settings(
+        router_type, router_topk=2, token_drop_policy=policy, expert_capacity_factor=0.9
+    )
+    router = make_router(limited)
+    gates, routing_map = router(tokens())
     capacity = math.ceil(SEQUENCE * BATCH * 2 / EXPERTS * 0.9)
     assert routing_map.sum(0).tolist() == chosen.sum(0).clamp(max=capacity).tolist()
     assert (routing_map <= chosen).all()
     assert torch.equal(gates, free * routing_map)
+    assert not torch.equal(routing_map, chosen)
+    # what a token gets outside training must not depend on those that follow it
+    gates, routing_map = router.eval()(tokens())
+    assert torch.equal(routing_map, chosen) and torch.equal(gates, free)
 
 
 # ------------------------------------------------------------------ watching, and recomputation

@@ -8,9 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.moe_config import MoEConfig, RouterType, ScoreFunction, TokenDropPolicy
+from models.moe_config import (
+    SMALLEST_TEMPERATURE,
+    MoEConfig,
+    RouterType,
+    ScoreFunction,
+    TokenDropPolicy,
+)
 from models.router import ExpertRouter
-from models.xmoe_router import SMALLEST_TEMPERATURE, cosine_scores, directions
+from models.xmoe_router import cosine_scores, directions
 from tests.models.routers import (
     EXPERTS,
     HIDDEN,

@@ -1,5 +1,6 @@
 """Resume rules, identity, retention."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,8 @@ import pytest
 import torch
 
 from models.build import build_model
+from models.config import ModelConfig
+from models.moe_config import MoEConfig
 from parallel.checkpoint_io import CheckpointError
 from parallel.config import OptimizerConfig, ParallelConfig
 from parallel.engine import MegatronEngine
@@ -167,3 +170,50 @@ def test_a_checkpoint_goes_on_under_another_layout(
     first = run_on_gloo(ranks_before, train_on, tmp_path / "run", before, 2, True)[0]
     second = run_on_gloo(ranks_after, train_on, tmp_path / "run", after, 4, False)[0]
     assert first + second == pytest.approx(uninterrupted, abs=1e-5)
+
+
+SPARSE = replace(MODEL, moe=MoEConfig(num_experts=4))
+FROZEN = replace(SPARSE, moe=replace(SPARSE.moe, freeze_routing=True))
+
+
+def weights_after(folder: Path, model: ModelConfig, parallel: ParallelConfig, load: str) -> Any:
+    """Start from `load` if it is given, train a step, save; weights before and after."""
+    runtime = initialize(parallel, 1)
+    chunks = build_model(model, parallel, runtime, vocab_size=VOCAB, seed=8 if load else 7)
+    machine = MegatronEngine(chunks, parallel, OPTIMIZER, runtime)
+    checkpoints = Checkpoints(folder, CheckpointConfig(load=load), IDENTITY)
+    state = checkpoints.resume(machine)
+    named = [named for chunk in chunks for named in chunk.named_parameters()]
+    before = {name: parameter.detach().clone() for name, parameter in named}
+    batches = micro_batches(0, 1, runtime.data_parallel_rank, runtime.data_parallel_size)
+    train_step(
+        machine,
+        batches,
+        runtime,
+        learning_rate=1e-2,
+        languages=LANGUAGES,
+        stop_requested=False,
+    )
+    state.advance(8, 1)
+    checkpoints.save(machine, state)
+    after = {name: parameter.detach().clone() for name, parameter in named}
+    shutdown(runtime)
+    return before, after
+
+
+def test_frozen_routing_starts_from_a_run_that_trained_it(tmp_path: Path) -> None:
+    """X-MoE's fine-tuning: the weights of another run, with experts and routers as they are."""
+    parallel = ParallelConfig(expert_model_parallel_size=2)
+    run_on_gloo(2, weights_after, tmp_path / "old", SPARSE, parallel, "")
+    trained = run_on_gloo(2, weights_after, tmp_path / "old", SPARSE, parallel, "")
+    old = str(tmp_path / "old")
+    for (start, end), (_, expected) in zip(
+        run_on_gloo(2, weights_after, tmp_path / "new", FROZEN, parallel, old), trained, strict=True
+    ):
+        for name, weight in start.items():
+            assert torch.equal(weight, expected[name]), name
+            stays = "experts" in name or "router" in name
+            assert torch.equal(weight, end[name]) == stays, name
+    # the master weights have followed: a step from there moves weights by a step, not back
+    moved = (end["decoder.final_layernorm.weight"] - start["decoder.final_layernorm.weight"]).abs()
+    assert moved.max() < 2e-2
