@@ -158,7 +158,8 @@ def train_on_rank(exercise: Exercise, parallel: ParallelConfig) -> RankRecord:
         take_routing(chunks, record)
         if step == 0:
             gather_gradients(engine)
-            record.gradients = shards(chunks, lambda parameter: parameter.main_grad)
+            # frozen experts and routers have none
+            record.gradients = shards(chunks, lambda p: p.main_grad if p.requires_grad else None)
         record.grad_norms.append(engine.step(exercise.optimizer.lr).grad_norm)
     if parallel.overlap_param_gather:
         for chunk in engine.chunks:
@@ -254,16 +255,17 @@ def take_routing(chunks: Sequence[Any], record: RankRecord) -> None:
         part.zero()
 
 
-def shards(chunks: Sequence[Any], value: Callable[[Any], Tensor]) -> dict[str, Shard]:
-    """`value` of every parameter this rank holds, by global name."""
+def shards(chunks: Sequence[Any], value: Callable[[Any], Tensor | None]) -> dict[str, Shard]:
+    """`value` of every parameter this rank holds, by global name, but for those that have none."""
     tensor_parallel = chunks[0].tp_group
     return {
         name: Shard(
-            value(parameter).detach().clone().float(),
+            found.detach().clone().float(),
             _cuts(parameter, tensor_parallel.size(), tensor_parallel.rank()),
         )
         for chunk in chunks
         for name, parameter in global_parameters(chunk)
+        if (found := value(parameter)) is not None
     }
 
 
