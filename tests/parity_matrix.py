@@ -90,16 +90,21 @@ def main() -> int:
 
 
 def chosen(model: str, max_ranks: int, *, every: bool = False) -> list[Layout]:
-    """The layouts to try. Of a model with experts: every combination of sizes, and every pair.
+    """The layouts to try. Of a model with experts: every combination of sizes, with and without
+    optimizer sharding, and every pair.
 
-    Without experts there are some hundred layouts, and all are tried. With them, each combination
-    of sizes comes with the kinds of exchange and of optimizer sharding in turn instead of with all
-    of them, unless `every` one is asked for.
+    Without experts there are some hundred layouts, and all are tried. With them, each of these
+    comes with the kinds of exchange and of overlap in turn instead of with all of them, unless
+    `every` one is asked for.
     """
     layouts = legal_layouts_of(exercise_of(MODELS[model]), max_ranks=max_ranks)
     if every or not MODELS[model].moe.num_experts:
         return layouts
-    some = [*one_of_each_size(layouts), *pairwise_cover(layouts)]
+    some = pairwise_cover(layouts)
+    for sharded in (True, False):
+        some += one_of_each_size(
+            [one for one in layouts if one.parallel.use_distributed_optimizer is sharded]
+        )
     return list({layout.name: layout for layout in some}.values())
 
 
