@@ -271,9 +271,9 @@ def pearson(a: np.ndarray, b: np.ndarray) -> float:
 def load_correlations(loads: Sequence[Loads]) -> list[float]:
     """Inter-run consistency (arXiv 2204.09179 section 4.5), of each pair of runs.
 
-    Pearson's correlation of the two vectors of expert loads, mean over layers. The paper compares
-    runs of one pre-trained model, whose expert k is the same expert in each. Runs from different
-    seeds have no such names in common: 0 is what to expect of them.
+    Pearson's correlation of the two vectors of expert loads, mean over layers. It takes expert k to
+    be the same expert in each run, as in fine-tunings of one model. Runs from different seeds have
+    no such names in common: 0 is what to expect of them.
     """
     return _over_pairs(loads, lambda families: np.asarray(families).sum(0))
 

@@ -117,7 +117,20 @@ class MoELayer(MegatronModule):
         rows, rows_per_expert, row_gates = dispatcher.dispatch_postprocess(rows, row_gates)
         out, _ = self.experts(rows, rows_per_expert, row_gates)
         out = dispatcher.token_combine(dispatcher.combine_preprocess(out))
-        return dispatcher.combine_postprocess(out)
+        out = dispatcher.combine_postprocess(out)
+        _forget_graph(dispatcher)
+        return out
+
+
+def _forget_graph(dispatcher: Any) -> None:
+    """Drop what megatron-core's dispatcher keeps of a pass that is over.
+
+    Its gates hold on to the graph behind them: activations would live on until the next pass, and,
+    because the graph leads back to the model, the model and its process groups for ever.
+    """
+    for name, value in vars(dispatcher).items():
+        if torch.is_tensor(value) and value.requires_grad:
+            setattr(dispatcher, name, None)
 
 
 class Order(NamedTuple):
