@@ -1,7 +1,8 @@
 """models.moe_layer and models.experts against a loop over experts in fp64, on every layout."""
 
+import os
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from models.experts import expert_spec
 from models.moe_config import MoEConfig
 from models.moe_layer import DISPATCHERS, MoELayer, sort_by_expert, sum_rows
 from parallel import checkpoint_io
+from parallel.config import ParallelConfig, TokenDispatcher
 from parallel.layers import SubLayerNormRowParallelLinear
 from parallel.megatron import (
     MLP,
@@ -33,6 +35,7 @@ from parallel.megatron import (
 )
 from tests.distributed import run_on_gloo
 from tests.parallel.test_sub_layernorm import ignore_warnings_about_megatron
+from tests.parity import MODEL, train
 
 SEQUENCE, BATCH, HIDDEN, FFN, EXPERTS = 6, 4, 16, 24, 4
 SHARED_FFN = 8
@@ -498,3 +501,19 @@ def train_without_sequence_parallel() -> str:
 def test_tensor_parallel_training_needs_sequence_parallelism() -> None:
     for text in run_on_gloo(2, train_without_sequence_parallel):
         assert "sequence_parallel=False" in text and "tensor_model_parallel_size=2" in text
+
+
+def threads_of_this_process() -> int:
+    return len(os.listdir("/proc/self/task"))
+
+
+@pytest.mark.parametrize("dispatcher", TokenDispatcher)
+def test_a_model_that_is_done_with_is_freed(dispatcher: TokenDispatcher) -> None:
+    """megatron-core's dispatchers keep gates, and so the graph, the model and its process groups:
+    every training would leave the threads of its groups behind."""
+    model = replace(MODEL, moe=MoEConfig(num_experts=4))
+    parallel = ParallelConfig(expert_model_parallel_size=2, moe_token_dispatcher_type=dispatcher)
+    train(parallel, model, world_size=2)
+    before = run_on_gloo(2, threads_of_this_process)
+    train(parallel, model, world_size=2)
+    assert run_on_gloo(2, threads_of_this_process) == before
