@@ -23,6 +23,7 @@ from data.open_data import Data, open_data, prepare
 from data.prefetch import PrefetchLoader
 from models.build import build_model
 from models.parameter_count import flops_per_token
+from parallel import failure_watch
 from parallel.accelerators import check_apex, find_accelerators
 from parallel.engine import MegatronEngine
 from parallel.failure_watch import FailureWatch
@@ -133,6 +134,8 @@ def prepare_data(config: PretrainConfig, runtime: Runtime) -> Data:
                 open_data(config.data, config.seq_length).build_packing_plans()
         except Exception as error:
             failure = error
+            if (watch := failure_watch.current()) is not None:
+                watch.announce(error)  # before the others learn of it, and raise for that reason
     failed = torch.tensor(float(failure is not None), device=runtime.device)
     torch.distributed.all_reduce(failed)
     if failure is not None:

@@ -7,11 +7,12 @@ are too few processes. Imports neither torch nor megatron-core.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from data.config import DataConfig
 from models.config import ModelConfig
-from models.moe_config import MoEConfig, RouterType
+from models.moe_config import SETTINGS_OF_ROUTERS, MoEConfig, RouterType, TokenDropPolicy
 from parallel.config import (
     ConfigError,
     ContextParallelComm,
@@ -237,11 +238,20 @@ def _moe(model: ModelConfig, parallel: ParallelConfig, ratio: float) -> MoEConfi
     ):
         local += 1
     layers = _layers(model, parallel)
+    router = RouterType.linear if moe.router in DRAWING else moe.router
+    own: dict[str, Any] = {
+        field.name: field.default
+        for field in fields(MoEConfig)
+        if router.value not in SETTINGS_OF_ROUTERS.get(field.name, router.value)
+    }
+    if router is RouterType.xmoe:  # half of few is narrow, and cosines amplify rounding there
+        own["router_dim"] = 8
     return replace(
         moe,
+        **own,
         num_experts=ranks * local,
         router_topk=min(moe.router_topk, ranks * local),
-        layer_freq=_layer_freq(moe),
+        layer_freq=moe.layer_freq if moe.sparse_after_layer else _layer_freq(moe),
         sparse_after_layer=-(-moe.sparse_after_layer * layers // model.num_layers),
         ffn_hidden_size=None
         if moe.ffn_hidden_size is None
@@ -251,9 +261,9 @@ def _moe(model: ModelConfig, parallel: ParallelConfig, ratio: float) -> MoEConfi
         else _scaled(
             moe.shared_expert_intermediate_size, ratio, parallel.tensor_model_parallel_size
         ),
-        router_dim=8,  # the half of few experts is narrow, and cosines amplify rounding there
-        router=RouterType.linear if moe.router in DRAWING else moe.router,
+        router=router,
         expert_capacity_factor=None,
+        token_drop_policy=TokenDropPolicy.probs,
     )
 
 

@@ -29,7 +29,7 @@ def test_all_layouts_without_experts_and_all_sizes_with_them() -> None:
     assert len(dense) == len({layout.name for layout in dense}) > 200
     sizes = ("tp", "sp", "pp", "vpp", "cp", "ep", "etp", "dp")
     some, every = chosen("xmoe", 4), chosen("xmoe", 4, every=True)
-    assert len(some) < len(every) / 4
+    assert len(some) < len(every) / 3
     assert {tuple(layout.values[axis] for axis in sizes) for layout in some} == {
         tuple(layout.values[axis] for axis in sizes) for layout in every
     }

@@ -12,7 +12,7 @@ from parallel.checkpoint_io import CheckpointError, _on_every_rank
 from parallel.config import ParallelConfig
 from parallel.failure_watch import FailureWatch
 from parallel.runtime import initialize
-from tests.distributed import RankFailed, run_on_gloo
+from tests.distributed import RankFailed, close_pool, run_on_gloo
 
 
 def test_the_others_name_the_rank_its_error_and_its_place() -> None:
@@ -50,6 +50,7 @@ def stuck() -> None:
 
 
 def test_a_stuck_rank_is_ended(capfd: pytest.CaptureFixture[str]) -> None:
+    close_pool()  # workers forked before this test write to another stderr
     started = time.monotonic()
     with pytest.raises(RankFailed) as caught:
         run_on_gloo(2, stuck, timeout=60)
