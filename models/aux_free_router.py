@@ -5,12 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from models.moe_config import MoEConfig
 from models.router import LinearRouter, Routing, project
-from models.router_health import RouterHealth
 from parallel.megatron import (
-    ProcessGroupCollection,
-    TransformerConfig,
     topk_routing_with_score_function,
 )
 from parallel.norm import parameter_device
@@ -29,18 +25,11 @@ class AuxFreeRouter(LinearRouter):
     expert_bias: Tensor
     local_tokens_per_expert: Tensor
 
-    def __init__(
-        self,
-        config: TransformerConfig,
-        pg_collection: ProcessGroupCollection,
-        *,
-        moe: MoEConfig,
-        health: RouterHealth | None = None,
-    ) -> None:
-        super().__init__(config, pg_collection, moe=moe, health=health)
+    def make_parameters(self) -> None:
+        super().make_parameters()
         for name, persistent in {"expert_bias": True, "local_tokens_per_expert": False}.items():
             zeros = torch.zeros(
-                moe.num_experts, dtype=torch.float32, device=parameter_device(config)
+                self.moe.num_experts, dtype=torch.float32, device=parameter_device(self.config)
             )
             self.register_buffer(name, zeros, persistent=persistent)
 

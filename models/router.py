@@ -105,6 +105,10 @@ class ExpertRouter(MegatronModule):
         self.track_gap = False
         self.smallest_gap: Tensor | None = None
         self._stale = False
+        self.make_parameters()
+
+    def make_parameters(self) -> None:
+        """What a router learns, each made by `new_parameter`; nothing, by default."""
 
     def route(self, hidden: Tensor) -> Routing:
         """Score and choose; [t, h] in the model's type. To be defined by each router."""
@@ -273,16 +277,8 @@ class LinearRouter(ExpertRouter):
     experts at random; that is left out.
     """
 
-    def __init__(
-        self,
-        config: TransformerConfig,
-        pg_collection: ProcessGroupCollection,
-        *,
-        moe: MoEConfig,
-        health: RouterHealth | None = None,
-    ) -> None:
-        super().__init__(config, pg_collection, moe=moe, health=health)
-        self.weight = self.new_parameter(moe.num_experts, config.hidden_size)
+    def make_parameters(self) -> None:
+        self.weight = self.new_parameter(self.moe.num_experts, self.config.hidden_size)
 
     def route(self, hidden: Tensor) -> Routing:
         logits = project(hidden, self.weight)

@@ -63,13 +63,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.moe_config import MoEConfig, RouterType, SecondExpertPolicy
+from models.moe_config import RouterType, SecondExpertPolicy
+from models.parameter_count import TORCHSCALE_ROUTER_DIM
 from models.router import ExpertRouter, Routing, project
-from models.router_health import RouterHealth
-from parallel.megatron import ProcessGroupCollection, TransformerConfig
 
-# numbers in TorchScale's code
-REDUCED_DIM = 16
+# a number in TorchScale's code
 ROW_LENGTH = 1.5
 # Relative. Rounding leaves a rescaled row within 3e-7, so that rescaling twice is rescaling once:
 # saving and loading weights between two updates changes nothing.
@@ -82,23 +80,15 @@ class TorchScaleRouter(ExpertRouter):
     Parameters: `wg` [E, h], or with router=torchscale_xmoe `wg` [E, 16] and `wg_reduction` [16, h].
     """
 
-    def __init__(
-        self,
-        config: TransformerConfig,
-        pg_collection: ProcessGroupCollection,
-        *,
-        moe: MoEConfig,
-        health: RouterHealth | None = None,
-    ) -> None:
-        super().__init__(config, pg_collection, moe=moe, health=health)
+    def make_parameters(self) -> None:
         self.wg_reduction: torch.nn.Parameter | None = None
-        if moe.router is RouterType.torchscale_xmoe:
-            self.wg_reduction = self.new_parameter(REDUCED_DIM, config.hidden_size)
-            self.wg = self.new_parameter(moe.num_experts, REDUCED_DIM)
+        if self.moe.router is RouterType.torchscale_xmoe:
+            self.wg_reduction = self.new_parameter(TORCHSCALE_ROUTER_DIM, self.config.hidden_size)
+            self.wg = self.new_parameter(self.moe.num_experts, TORCHSCALE_ROUTER_DIM)
         else:
-            self.wg = self.new_parameter(moe.num_experts, config.hidden_size)
+            self.wg = self.new_parameter(self.moe.num_experts, self.config.hidden_size)
         self._sequences = 1
-        self._stale = True  # initial rows have another length
+        self._stale = not self.moe.freeze_routing  # initial rows have another length
 
     def restore(self) -> None:
         if self.wg_reduction is not None:

@@ -12,10 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.initialize import EMBEDDING_NORM
-from models.moe_config import SMALLEST_TEMPERATURE, MoEConfig, ScoreFunction
+from models.moe_config import SMALLEST_TEMPERATURE, ScoreFunction
 from models.router import ExpertRouter, Routing, project
-from models.router_health import RouterHealth
-from parallel.megatron import ProcessGroupCollection, TransformerConfig
 
 # Projected tokens shorter than this point nowhere: score 0 with every expert, and no gradient,
 # which would otherwise grow with the inverse of the length.
@@ -36,17 +34,11 @@ class XMoERouter(ExpertRouter):
     shorter than `SHORTEST` have score 0.
     """
 
-    def __init__(
-        self,
-        config: TransformerConfig,
-        pg_collection: ProcessGroupCollection,
-        *,
-        moe: MoEConfig,
-        health: RouterHealth | None = None,
-    ) -> None:
-        super().__init__(config, pg_collection, moe=moe, health=health)
-        self.projection = self.new_parameter(moe.dim, config.hidden_size)
-        self.expert_embeddings = self.new_parameter(moe.num_experts, moe.dim, decays=False)
+    def make_parameters(self) -> None:
+        self.projection = self.new_parameter(self.moe.dim, self.config.hidden_size)
+        self.expert_embeddings = self.new_parameter(
+            self.moe.num_experts, self.moe.dim, decays=False
+        )
         self.temperature = self.new_parameter(1, decays=False)
 
     def restore(self) -> None:

@@ -365,7 +365,7 @@ def test_bf16_tokens_are_routed_in_fp32(router_type: RouterType) -> None:
     assert gradients(router, hidden, pull()).hidden.dtype is torch.bfloat16
 
 
-@pytest.mark.parametrize("router_type", OWN)
+@pytest.mark.parametrize("router_type", [*OWN, RouterType.torchscale_xmoe])
 def test_frozen_routers_keep_their_parameters_and_pull_on_what_is_below(
     router_type: RouterType,
 ) -> None:
