@@ -254,7 +254,8 @@ def _do(store_path: str, rank: int, world_size: int, timeout: float, job: bytes)
             store=dist.FileStore(store_path, world_size),
             rank=rank,
             world_size=world_size,
-            timeout=timedelta(seconds=timeout),
+            # longer than the job's: what hangs shows the collective it hangs in, not its time-out
+            timeout=timedelta(seconds=timeout + 5.0),
         )
         torch.manual_seed(0)
         function, args = pickle.loads(job)
