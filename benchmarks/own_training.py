@@ -50,7 +50,7 @@ class OwnTraining:
             adam_beta2=ADAM_BETAS[1],
             clip_grad=CLIP_GRAD,
         )
-        self._engine = MegatronEngine(chunks, parallel, optimizer, self._runtime)
+        self.engine = MegatronEngine(chunks, parallel, optimizer, self._runtime)
         generator = torch.Generator().manual_seed(1)
         shape = (micro_batch_size, seq_length + 1)
         self.micro_batches = [
@@ -61,7 +61,7 @@ class OwnTraining:
     def step(self) -> float:
         """One optimizer step over the micro-batches; its mean loss. Waits for the device."""
         metrics = train_step(
-            self._engine,
+            self.engine,
             self.micro_batches,
             self._runtime,
             learning_rate=LEARNING_RATE,

@@ -36,10 +36,23 @@ class Ledger:
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
             **more,
         }
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        append_line(self.path, entry)
+
+
+def append_line(path: Path, record: dict[str, Any]) -> None:
+    """One JSON object as a line of its own at the end of the file, on disk when this returns.
+
+    What a power loss or a full disk cut off stays a line of its own, too, and unreadable alone.
+    """
+    line = json.dumps(record, ensure_ascii=False) + "\n"
+    with open(path, "ab+") as file:
+        if file.tell() > 0:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                line = "\n" + line
+        file.write(line.encode())
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def read_ledger(run_dir: Path | str) -> list[dict[str, Any]]:

@@ -16,11 +16,23 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+from data.language_mixture import LanguageMixture
 from data.ledger import read_ledger, samples_of_step
-from data.open_mixture import OpenedMixture, open_mixture
+from data.open_mixture import open_mixture
 from data.stream_settings import read_settings
+from data.tokenizer import Tokenizer
+
+
+class Replayable(Protocol):
+    """What is replayed: data.open_mixture.OpenedMixture, or data.open_data.Data of a run."""
+
+    @property
+    def mixture(self) -> LanguageMixture: ...
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
 
 
 @dataclass(frozen=True)
@@ -45,7 +57,7 @@ class ReplayedSample:
     pieces: list[ReplayedPiece]
 
 
-def replay_sample(opened: OpenedMixture, sample: int) -> ReplayedSample:
+def replay_sample(opened: Replayable, sample: int) -> ReplayedSample:
     """What sample number `sample` of the stream holds."""
     mixture = opened.mixture
     language_id, sequence = mixture.locate_one(sample)

@@ -4,6 +4,8 @@
 
 `python -m launch.pretrain` and the command `magnetron-pretrain` are the same. Settings that do not
 fit are answered once on each node, without a traceback, and all ranks leave with exit code 2.
+A run that was stopped before its last step, by a signal or because its time was up, leaves with
+exit code 75 (EX_TEMPFAIL: try again), under torchrun with 0.
 """
 
 import os
@@ -11,6 +13,7 @@ import re
 import sys
 import time
 import traceback
+from hashlib import sha256
 from pathlib import Path
 from typing import NoReturn, cast
 
@@ -23,15 +26,22 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from launch.schema import CONF, CompositionError, explain, register, to_pretrain_config
+from launch.slurm_environment import adopt_slurm_ranks
 from parallel.config import ConfigError
 from pretrain.config import validate
+from pretrain.stop_signal import stop_signal
 
+# Set in jobs that submitit runs for a sweep. Their errors are handed, as exceptions, to the process
+# that waits for them and says them; a job that just exits would leave it waiting.
+SWEEP_JOB = "SUBMITIT_EXECUTOR"
 ROOMS = ("parallel", "models", "data", "pretrain", "launch")
+LONGEST_FOLDER = 200  # letters; file systems take 255 bytes
 
 
 def launch(cfg: DictConfig) -> None:
     """Called by Hydra with the settings put together; with --multirun, once for each job."""
     hydra_config = HydraConfig.get()
+    adopt_slurm_ranks()  # where srun started the ranks, as for the jobs of a sweep
     try:
         typed = OmegaConf.to_container(hydra_config.overrides.task, resolve=False)
         config = to_pretrain_config(cfg, cast(list[str], typed))
@@ -39,17 +49,29 @@ def launch(cfg: DictConfig) -> None:
     except ConfigError as error:
         refuse(error)
     if hydra_config.mode == RunMode.MULTIRUN:  # or jobs would go on from each other's checkpoints
-        config.run_dir += "/" + re.sub(r"[^\w.+-]+", "_", hydra_config.job.override_dirname)
-
-    from pretrain.run import run  # imports torch and megatron-core, which takes seconds
+        config.run_dir += "/" + folder_of_job(hydra_config.job.override_dirname)
 
     try:
-        run(config)
+        with stop_signal() as stop:  # before the imports of the next line, which take seconds
+            from pretrain.run import run
+
+            outcome = run(config, stop)
     except Exception as error:
-        if not raised_by_us(error):
+        if not raised_by_us(error) or SWEEP_JOB in os.environ:
             raise
         print(f"error on rank {os.environ.get('RANK', '0')}: {error}", file=sys.stderr)
         sys.exit(2)
+    # torchrun takes any other status than 0 for a failure; status.json says "stopped"
+    if outcome.stopped_by and not {"TORCHELASTIC_RUN_ID", SWEEP_JOB} & os.environ.keys():
+        sys.exit(os.EX_TEMPFAIL)
+
+
+def folder_of_job(overrides: str) -> str:
+    """A job's own folder in a sweep, named by its overrides as far as a file name may be long."""
+    name = re.sub(r"[^\w.+-]+", "_", overrides)
+    if len(name) <= LONGEST_FOLDER:
+        return name
+    return f"{name[: LONGEST_FOLDER - 9]}-{sha256(overrides.encode()).hexdigest()[:8]}"
 
 
 def main() -> None:
@@ -57,12 +79,14 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra passes errors on instead of wording them itself
     try:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name="pretrain")(launch)()
-    except CompositionError as error:
+    except (*CompositionError, ConfigError) as error:
         refuse(explain(error, sys.argv[1:]))
 
 
 def refuse(error: ConfigError) -> NoReturn:
     """Ends this rank; every rank finds the same errors, and the first of each node says them."""
+    if SWEEP_JOB in os.environ:
+        raise error
     if os.environ.get("LOCAL_RANK", "0") == "0":
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr)

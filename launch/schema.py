@@ -31,6 +31,7 @@ from pretrain.config import PretrainConfig
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 ADDED = ("model", "experiment")  # groups chosen with a + in front: no default stands for them
+SITES = "cluster"  # not a group of the launcher's: launch.slurm reads these files
 
 # what Hydra, OmegaConf and the YAML reader raise while they put a configuration together
 CompositionError = (HydraException, OmegaConfBaseException, yaml.YAMLError)
@@ -100,6 +101,8 @@ def explain(error: Exception, overrides: Sequence[str] = ()) -> ConfigError:
     text = f"{error}\n{error.__cause__ or ''}"
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         return ConfigError(_no_such_file(error.missing_cfg_file))
+    if re.search(rf"Could not override '{SITES}'\.", text):
+        return ConfigError(f"{_typed(SITES, overrides)} is a word for python -m launch.slurm")
     if found := re.search(r"Could not override '(\w+)'\. No match in the defaults list", text):
         return ConfigError(_not_yet_chosen(found[1], overrides))
     if found := re.search(r"Multiple values for (\w+)\.", text):
@@ -141,7 +144,7 @@ def _wrong_setting(key: str, text: str, overrides: Sequence[str]) -> str:
     if annotation is None:  # a table where one value belongs, or one of Hydra's own settings
         return f"{where}{typed} does not fit: {text.splitlines()[1]}"
     rule, choices = _rule(annotation)
-    meant = _near(typed.partition("=")[2], choices)
+    meant = closest(typed.partition("=")[2], choices)
     return f"{where}{typed} must be {rule}" + (f"; did you mean {meant[0]}?" if meant else "")
 
 
@@ -150,7 +153,7 @@ def _no_such_setting(key: str, overrides: Sequence[str]) -> str:
     name = typed.lstrip("+~").partition("=")[0]
     groups = {group: f"+{group}" if group in ADDED else group for group in _groups()}
     names = [*_settings(), *groups] if "." not in name else list(_settings())
-    meant = [groups.get(near, near) for near in _near(name, names)]
+    meant = [groups.get(near, near) for near in closest(name, names)]
     if not meant:
         return f"{typed}: there is no setting {name}; --cfg job prints all there are"
     return f"{typed}: there is no setting {name}; did you mean {' or '.join(meant)}?"
@@ -162,7 +165,7 @@ def _no_such_file(path: str) -> str:
     plus = "+" if group in ADDED else ""
     if not group or not there:
         return f"{path}.yaml is not among the configuration files"
-    meant = [f"{plus}{group}={near}" for near in _near(name, there)]
+    meant = [f"{plus}{group}={near}" for near in closest(name, there)]
     hint = f"; did you mean {' or '.join(meant)}?" if meant else "."
     return (
         f"{plus}{group}={name}: there is no conf/{path}.yaml{hint} Choose from {', '.join(there)}"
@@ -243,7 +246,8 @@ def _sections() -> set[str]:
 
 @cache
 def _groups() -> list[str]:
-    return sorted(folder.name for folder in CONF.iterdir() if folder.is_dir())
+    folders = (folder.name for folder in CONF.iterdir() if folder.is_dir())
+    return sorted(name for name in folders if name != SITES)
 
 
 def _annotation(key: str) -> Any:
@@ -295,7 +299,7 @@ def _rule(annotation: Any) -> tuple[str, list[str]]:
     return words[kind], []
 
 
-def _near(wish: str, names: Sequence[str]) -> list[str]:
+def closest(wish: str, names: Sequence[str]) -> list[str]:
     """At most three of `names` that look like `wish`, nearest first.
 
     Compares whole names, and last words alone, so that `lr` finds optimizer.lr.
@@ -314,7 +318,7 @@ def _near(wish: str, names: Sequence[str]) -> list[str]:
             0.65 + 0.3 * len(shorter) / len(longer) if shorter and shorter in longer else 0,
         )
         same_start = end.split("_")[0] == its_end.split("_")[0]
-        return score + 0.1 * (section == its_section) + 0.05 * same_start
+        return score + 0.15 * (section == its_section) + 0.05 * same_start
 
     scores = {name: likeness(name) for name in names}
     least = max(0.7, max(scores.values(), default=0) - 0.1)

@@ -8,7 +8,7 @@ Here, as in apex, the step lives in the parameter group and the per-parameter st
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -94,11 +94,8 @@ def register() -> bool:
 def initialize_state(optimizer: Any) -> None:
     """Allocate the moments now: a checkpoint taken before the first update must hold them too."""
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        inner = getattr(part, "optimizer", None)
-        if isinstance(inner, FusedAdam):
-            for group in inner.param_groups:
-                for parameter in group["params"]:
-                    inner.initialize_state(parameter)
+        if part.optimizer is not None:  # None: nothing to train on this rank
+            part.init_state_fn(part.optimizer, part.config)
 
 
 def register_multi_tensor_kernels() -> None:
@@ -119,15 +116,17 @@ def register_multi_tensor_kernels() -> None:
 def _l2_norm(
     chunk_size: int, noop_flag: Any, tensor_lists: Any, per_tensor: bool, *unused: Any
 ) -> tuple[torch.Tensor, None]:
-    gradients = list(tensor_lists[0])
-    if gradients[0].device.type == "cpu":
+    return torch.linalg.vector_norm(norms(tensor_lists[0])).view(1), None
+
+
+def norms(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The norm of each of n > 0 tensors, [n] fp32, without waiting for the device."""
+    if tensors[0].device.type == "cpu":
         # torch's CPU norm adds up in plain fp32 and is off by 5e-5 for a million elements, so that
         # shards and whole tensors disagree; the dot product is blocked (1e-7), and as fast
-        flat = [gradient.float().reshape(-1) for gradient in gradients]
-        norms = [torch.dot(gradient, gradient).sqrt() for gradient in flat]
-    else:
-        norms = list(torch._foreach_norm(gradients))
-    return torch.linalg.vector_norm(torch.stack(norms).float()).view(1), None
+        flat = [tensor.float().reshape(-1) for tensor in tensors]
+        return torch.stack([torch.dot(tensor, tensor).sqrt() for tensor in flat])
+    return torch.stack(list(torch._foreach_norm(list(tensors)))).float()
 
 
 def _foreach_scale(chunk_size: int, noop_flag: Any, tensor_lists: Any, scale: float) -> None:

@@ -3,76 +3,208 @@
 A checkpoint is written under a temporary name by all ranks, made durable, and then renamed by one
 rank: the rename is the moment it exists. A process killed before leaves a folder whose name says
 so, and which nothing will load.
+
+`parallel/checkpoint_save.py` does the writing.
 """
 
 from __future__ import annotations
 
-import os
+import re
 import shutil
+import uuid
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from parallel import failure_watch
-from parallel.megatron import dist_checkpointing
+from parallel import failure_watch, optimizer_state
+from parallel.checkpoint_manifest import ManifestError, NewerManifestError, read_manifest, verify
+from parallel.checkpoint_save import (
+    FORMAT_NAME,
+    TENSORS_SUFFIX,
+    CheckpointError,
+    HostMemory,
+    PendingSave,
+    SaveFailed,
+    plan_save,
+)
+from parallel.megatron import (
+    ShardedObject,
+    ShardedTensor,
+    ShardedTensorFactory,
+    dist_checkpointing,
+)
 
 PARTIAL_SUFFIX = ".partial"
 
 
-class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be written or read, with what to do about it."""
-
-
-def save(state: dict[str, Any], folder: Path, *, metadata: dict[str, Any]) -> None:
-    """Write `state` to `folder`, which must not exist. All ranks must call it.
-
-    `state` holds megatron-core sharded tensors and plain values; plain values are taken from
-    rank 0. `metadata` is stored beside it (`load_metadata`).
+def save(
+    state: dict[str, Any], folder: Path, *, metadata: dict[str, Any], checksums: bool = True
+) -> None:
+    """Write `state` to `folder`, which must not exist, and return when it is there. All ranks must
+    call it; see `start_save`.
 
     Raises:
-        CheckpointError: on every rank alike, when any rank failed; `folder` is then absent.
+        SaveFailed: on every rank alike; `folder` is then absent.
+        CheckpointError: on every rank alike: `state` does not make a checkpoint.
+    """
+    start_save(state, folder, metadata=metadata, memory=None, checksums=checksums).wait()
+
+
+def start_save(
+    state: dict[str, Any],
+    folder: Path,
+    *,
+    metadata: dict[str, Any],
+    memory: HostMemory | None,
+    checksums: bool = True,
+    validate: bool = True,
+    when_published: Callable[[], None] | None = None,
+) -> PendingSave:
+    """Begin to write `state` to `folder`, which must not exist, in the background.
+
+    All ranks must call it, and none a second time before the first save is done.
+
+    Args:
+        state: megatron-core sharded tensors and plain values; plain values are taken from rank 0.
+        metadata: stored beside it (`dist_checkpointing.load_content_metadata`).
+        memory: the state is copied there and may change as soon as this returns. None: it is
+            written from where it is, and must not change before the save is done.
+        checksums: take checksums for the manifest.
+        validate: see that each part of each tensor is written by exactly one rank; once is enough
+            for a state that changes in nothing but values.
+        when_published: called on rank 0, in the thread that writes, as soon as the folder is there.
+
+    Raises:
+        SaveFailed: on every rank alike: the folder cannot be made.
+        CheckpointError: on every rank alike: `state` does not make a checkpoint.
     """
     partial = folder.with_name(folder.name + PARTIAL_SUFFIX)
 
-    def prepare() -> None:
+    def prepare() -> str:
         if folder.exists():
             raise FileExistsError(f"{folder} exists already")
         shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed
         partial.mkdir(parents=True)
+        return uuid.uuid4().hex
 
-    def publish() -> None:
-        _sync_tree(partial)
-        os.rename(partial, folder)
-        _sync(folder.parent)
-
+    token = on_rank_zero(prepare, f"prepare {partial}", SaveFailed)
     stored = {key: value for key, value in metadata.items() if key != "dp_cp_group"}
-    _on_rank_zero(prepare, f"prepare {partial}")
-    _on_every_rank(
-        lambda: dist_checkpointing.save(state, str(partial), content_metadata=stored),
-        f"write {partial}",
+    shards = _on_every_rank(
+        lambda: plan_save(
+            state,
+            partial,
+            metadata=stored,
+            memory=memory,
+            checksums=checksums,
+            validate=validate,
+        ),
+        f"plan {partial}",
     )
-    _on_rank_zero(publish, f"publish {folder}")
+    return PendingSave(shards, folder, token, when_published)
 
 
-def load(state: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Fill `state`'s sharded tensors from `folder`; returns it with the plain values added.
+def load(state: dict[str, Any], folder: Path, *, weights_only: bool = False) -> dict[str, Any]:
+    """Fill `state`'s sharded tensors from `folder`, in place; returns it with the plain values.
 
-    All ranks must call it.
+    All ranks must call it; `state` may have another layout than what was saved. Each tensor stored
+    must be wanted by some rank, and each one wanted be stored; with `weights_only` the optimizer's
+    are left unread. Between parallel.precision=fp32 and bf16 masters stand in for weights and the
+    other way round (`optimizer_state.resolve_masters`).
 
     Raises:
-        CheckpointError: the folder is missing or incomplete, or its tensors are not those of
-            `state` (names the first few that differ).
+        CheckpointError: on every rank alike: the folder is missing or incomplete, or cannot be
+            read, or its tensors are not those of `state` (named, up to a few).
     """
     if not is_complete(folder):
         raise CheckpointError(f"{folder} is not a complete checkpoint")
-    result: list[dict[str, Any]] = []
-    _on_every_rank(
-        lambda: result.append(dist_checkpointing.load(state, str(folder))), f"read {folder}"
-    )
-    return result[0]
+    wanted = _shapes_on_all_ranks(state)
+    stored = _on_every_rank(lambda: _shapes_stored(folder), f"read {folder}")
+    if weights_only:
+        stored = {n: s for n, s in stored.items() if not n.startswith(optimizer_state.PREFIX)}
+    sources = optimizer_state.resolve_masters(set(wanted), set(stored))
+    differences = _differences(wanted, stored, sources)
+    if differences:
+        raise CheckpointError(
+            f"{folder} does not hold the tensors of this run:\n"
+            + "\n".join(differences)
+            + "\nUse the settings it was saved with: the model, and what of it is trained."
+        )
+    return _on_every_rank(lambda: _read(state, folder, sources), f"read {folder}")
+
+
+def _read(state: dict[str, Any], folder: Path, sources: dict[str, str]) -> dict[str, Any]:
+    """Fill `state`, each tensor from the stored one that `sources` names, or its namesake."""
+    # a master read from a weight comes second: one call wants one type for each stored tensor
+    masters = {name: sources[name] for name in sources if optimizer_state.is_master(name)}
+
+    def first(entry: Any) -> Any:
+        return None if _name(entry) in masters else optimizer_state.renamed(entry, sources)
+
+    loaded = dist_checkpointing.load(optimizer_state.mapped(state, first), str(folder))
+    if masters:
+        second = [entry for entry in optimizer_state.leaves(state) if _name(entry) in masters]
+        tensors = {
+            str(index): optimizer_state.renamed(entry, masters)
+            for index, entry in enumerate(second)
+        }
+        dist_checkpointing.load(tensors, str(folder))
+    return loaded
+
+
+def _name(entry: Any) -> str | None:
+    """Under which a checkpoint stores a tensor or an object; None for plain values."""
+    return getattr(entry, "unique_key", None) or getattr(entry, "key", None)
+
+
+def _shapes(state: Any) -> dict[str, tuple[int, ...]]:
+    """The global shape of every sharded tensor and object in a nested state, by name."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for entry in optimizer_state.leaves(state):
+        if isinstance(entry, ShardedTensorFactory):
+            shapes |= _shapes(entry.build())
+        elif isinstance(entry, ShardedTensor | ShardedObject):
+            shapes[str(_name(entry))] = tuple(entry.global_shape)
+    return shapes
+
+
+def _shapes_on_all_ranks(state: Any) -> dict[str, tuple[int, ...]]:
+    ranks: list[dict[str, tuple[int, ...]]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(ranks, _shapes(state))
+    return {name: shape for rank in ranks for name, shape in rank.items()}
+
+
+def _shapes_stored(folder: Path) -> dict[str, tuple[int, ...]]:
+    return _shapes(dist_checkpointing.serialization.load_sharded_metadata(str(folder)))
+
+
+def _differences(
+    wanted: dict[str, tuple[int, ...]],
+    stored: dict[str, tuple[int, ...]],
+    sources: dict[str, str],
+) -> list[str]:
+    """What keeps `wanted` from being read, a line for each kind: nothing where all fits."""
+    read = {sources.get(name, name): shape for name, shape in wanted.items()}
+    missing = [name for name in read if name not in stored]
+    unread = [name for name in stored if name not in read and name not in sources]
+    reshaped = [
+        f"{name} {list(stored[name])} stored, {list(shape)} wanted"
+        for name, shape in read.items()
+        if name in stored and stored[name] != shape
+    ]
+    kinds = {
+        "wanted and not stored": missing,
+        "stored and not wanted": unread,
+        "of another shape": reshaped,
+    }
+    return [f"  {kind} ({len(names)}): {_few(names)}" for kind, names in kinds.items() if names]
+
+
+def _few(names: list[str], at_most: int = 5) -> str:
+    return ", ".join(sorted(names)[:at_most]) + (", ..." if len(names) > at_most else "")
 
 
 def load_plain_values(folder: Path) -> dict[str, Any]:
@@ -84,31 +216,94 @@ def load_plain_values(folder: Path) -> dict[str, Any]:
 
 def is_complete(folder: Path) -> bool:
     """True for a folder that `save` published."""
-    return not folder.name.endswith(PARTIAL_SUFFIX) and (folder / "metadata.json").is_file()
+    return not folder.name.endswith(PARTIAL_SUFFIX) and (folder / FORMAT_NAME).is_file()
 
 
-def _on_rank_zero(action: Callable[[], None], what: str) -> None:
-    """Run on rank 0 while the others wait; a failure is raised on all."""
-    failure: list[str | None] = [None]
+def damage(folder: Path) -> list[str]:
+    """What can be seen to be wrong with a checkpoint at once: sizes, and the content of small
+    files. The same lines on every rank; empty: nothing. All ranks must call it.
+
+    Raises:
+        CheckpointError: on every rank alike: the manifest is of a newer version.
+    """
+    return _told_to_all(_on_every_rank(lambda: _seen_at_once(folder), f"verify {folder}"))
+
+
+class DamageSearch:
+    """Compares the content of a checkpoint's tensors in a thread of each rank, while they are
+    loaded: what one of the two has read the other finds in the page cache.
+
+    A rank's share is what it will probably load, the files written by the rank of its number.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        pool = ThreadPoolExecutor(1, "checksums")
+        self._mine = pool.submit(_damaged_tensors, folder)
+        pool.shutdown(wait=False)
+
+    def result(self) -> list[str]:
+        """As `damage`, when all is compared. All ranks must call it."""
+        return _told_to_all(self._mine.result())
+
+
+def _told_to_all(mine: list[str]) -> list[str]:
+    everyone: list[list[str]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    return list(dict.fromkeys(line for lines in everyone for line in lines))
+
+
+def _seen_at_once(folder: Path) -> list[str]:
+    if not (folder / FORMAT_NAME).is_file():
+        return [f"{FORMAT_NAME} is missing"]
+    if dist.get_rank() != 0:
+        return []
+    try:
+        names = read_manifest(folder)["files"]
+    except NewerManifestError:
+        raise
+    except ManifestError as error:
+        return [str(error)]
+    small = [name for name in names if not name.endswith(TENSORS_SUFFIX)]
+    return verify(folder, checksums=False) or verify(folder, names=small)
+
+
+def _damaged_tensors(folder: Path) -> list[str]:
+    size, rank = dist.get_world_size(), dist.get_rank()
+    names = [path.name for path in folder.glob(f"*{TENSORS_SUFFIX}")]
+    return verify(folder, names=[name for name in names if _writer_of(name) % size == rank])
+
+
+def _writer_of(name: str) -> int:
+    match = re.match(r"__(\d+)_", name)
+    return int(match.group(1)) if match else 0
+
+
+def on_rank_zero(
+    action: Callable[[], Any], what: str, error_type: type[CheckpointError] = CheckpointError
+) -> Any:
+    """Run on rank 0 while the others wait; what it returns, or its failure, reaches all."""
+    outcome: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
-            action()
+            outcome[0] = action()
         except Exception as error:
-            failure[0] = f"{type(error).__name__}: {error}"
-    dist.broadcast_object_list(failure, src=0)
-    if failure[0] is not None:
-        raise CheckpointError(f"could not {what}: {failure[0]}")
+            outcome[1] = f"{type(error).__name__}: {error}"
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise error_type(f"could not {what}: {outcome[1]}")
+    return outcome[0]
 
 
-def _on_every_rank(action: Callable[[], Any], what: str) -> None:
-    """Run everywhere; a failure of one rank is raised on all.
+def _on_every_rank(action: Callable[[], Any], what: str) -> Any:
+    """Run everywhere, returns what it returned here; a failure of one rank is raised on all.
 
     Ranks that are stuck inside, waiting for the one that failed, are ended by the failure watch.
     """
     failure: str | None = None
+    result = None
     watch = failure_watch.current()
     try:
-        action()
+        result = action()
     except CheckpointException as error:  # a BaseException; holds the cause of each rank
         causes = [cause for cause, _ in error.failures.values()]
         failure = f"rank {dist.get_rank()}: {causes[0] if causes else error}"
@@ -123,17 +318,4 @@ def _on_every_rank(action: Callable[[], Any], what: str) -> None:
     seen = [text for text in failures if text]
     if seen:
         raise CheckpointError(f"could not {what}: {'; '.join(seen[:3])}")
-
-
-def _sync_tree(folder: Path) -> None:
-    for path in sorted(folder.rglob("*")):
-        _sync(path)
-    _sync(folder)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    return result

@@ -7,6 +7,10 @@ import math
 from dataclasses import dataclass
 from enum import Enum
 
+# How many times longer than others the first step of a start may take before it counts as a hang:
+# kernels are compiled, communicators connect, memory is allocated, data comes from a cold disk.
+FIRST_STEP_ALLOWANCE = 2.0
+
 
 class ConfigError(ValueError):
     """Broken rules of a configuration, one a line; `problems` holds the lines.
@@ -108,8 +112,9 @@ class ParallelConfig:
     precision: Precision = Precision.auto
     # seconds every rank has to reach each start-up stage before the missing ones are named
     startup_timeout_seconds: float = 300.0
-    # seconds one collective may take during training
-    collective_timeout_seconds: float = 600.0
+    # Seconds one collective may take during training; the last resort, behind the heartbeat and
+    # the hang watchdog, which say who is missing (fault_tolerance.hang_timeout_seconds).
+    collective_timeout_seconds: float = 1800.0
 
     def __post_init__(self) -> None:
         """Raises ConfigError for what is wrong whatever the model and the world size."""

@@ -22,8 +22,6 @@ from typing import Any
 
 import torch
 
-from parallel.child_process import results_queue
-
 CPU = torch.device("cpu")
 
 # what is replaced -> why. Read by the documentation and by the test that guards each of them.
@@ -37,9 +35,6 @@ SUBSTITUTIONS: dict[str, str] = {
     "torch.distributed.all_gather": "gloo refuses the uneven sizes of expert dispatch: padded",
     "moe_utils.te_general_gemm": "upstream leaves the name undefined without Transformer Engine",
     "maybe_move_tensor_to_cpu": "upstream converts split sizes to numpy only `if tensor.is_cuda`",
-    "filesystem_async._get_write_results_queue": "upstream spawns a process that imports torch "
-    "anew (seconds), dies of the signal that asks for a save, and outlives a killed rank; also "
-    "replaced with CUDA, but for the fork",
     "torch.optim.Optimizer": "its methods import torch._dynamo (0.9 s a process) to disable it",
     "torch.compile during import": "about 60 functions are compiled at import (5 s), unused here",
     "wandb during import": "imported by an inference module (2 s) that is not used",
@@ -130,14 +125,6 @@ def repair_megatron() -> None:
 
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
-    import megatron.core.dist_checkpointing.strategies.filesystem_async as filesystem_async
-
-    def write_results_queue() -> Any:
-        if filesystem_async._results_queue is None:
-            filesystem_async._results_queue = results_queue("fork" if needed() else "spawn")
-        return filesystem_async._results_queue
-
-    filesystem_async._get_write_results_queue = write_results_queue
     if not needed():
         return
     import megatron.core.transformer.moe.token_dispatcher as token_dispatcher

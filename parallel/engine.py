@@ -16,9 +16,9 @@ from typing import Any, Protocol
 
 import torch
 
-from parallel import adam
+from parallel import adam, optimizer_state
 from parallel.collectives import skip_collectives_of_one_rank
-from parallel.config import ConfigError, OptimizerConfig, ParallelConfig
+from parallel.config import OptimizerConfig, ParallelConfig
 from parallel.megatron import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -40,6 +40,8 @@ from parallel.runtime import Runtime
 # The function runs on the last stage only and returns (loss sum, valid tokens, metrics); the loss
 # sum carries the gradient.
 ForwardStep = Callable[[Iterator[Any], torch.nn.Module], tuple[Any, Callable[[Any], Any]]]
+# global gradient norm before clipping -> whether to update
+Accept = Callable[[float], bool]
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class StepResult:
     """What an optimizer step reports; the same on every rank."""
 
     grad_norm: float  # global, before clipping
-    applied: bool  # False when the gradients were not finite and the update was skipped
+    applied: bool  # False: the update was skipped, for gradients that are not finite or on request
 
 
 class Engine(Protocol):
@@ -64,7 +66,7 @@ class Engine(Protocol):
         forward_only: bool = False,
     ) -> list[dict[str, Any]]: ...
 
-    def step(self, learning_rate: float) -> StepResult: ...
+    def step(self, learning_rate: float, accept: Accept | None = None) -> StepResult: ...
 
     def sharded_state_dict(self, *, is_loading: bool = False) -> dict[str, Any]: ...
 
@@ -81,9 +83,6 @@ class MegatronEngine:
             (the optimizer copies them into its fp32 master weights).
         parallel, optimizer: settings.
         runtime: this process's place in the layout.
-
-    Raises ConfigError for parameters of two types (routers in bf16) without the distributed
-    optimizer.
     """
 
     def __init__(
@@ -98,8 +97,9 @@ class MegatronEngine:
         skip_collectives_of_one_rank()
         self.runtime = runtime
         self.parallel = parallel
+        # called by every step, on all ranks, when its gradients are complete and not yet clipped
+        self.before_clipping: Callable[[], None] | None = None
         config = chunks[0].config
-        _check_types(chunks, parallel)
         ddp_config = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
             overlap_grad_reduce=parallel.overlap_grad_reduce,
@@ -112,7 +112,6 @@ class MegatronEngine:
             DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=index > 0)
             for index, chunk in enumerate(chunks)
         ]
-        _count_padding_between_buckets(self.chunks)
         self.optimizer = get_megatron_optimizer(
             MegatronOptimizerConfig(
                 optimizer="adam",
@@ -130,7 +129,6 @@ class MegatronEngine:
             list(self.chunks),
             config_overrides=_without_weight_decay(),
         )
-        _find_fp32_parameters(self.optimizer)
         adam.initialize_state(self.optimizer)
         for group in self.optimizer.param_groups:
             # megatron-core leaves this product to a scheduler of its own: without it biases and
@@ -212,8 +210,11 @@ class MegatronEngine:
         # megatron-core's tracker, which sharded activations draw from
         tensor_parallel.model_parallel_cuda_manual_seed(key)
 
-    def step(self, learning_rate: float) -> StepResult:
+    def step(self, learning_rate: float, accept: Accept | None = None) -> StepResult:
         """Clip by the global norm and update, with this learning rate.
+
+        `accept` is asked when the norm is known and nothing has changed yet; the update is skipped
+        where it says no. It may communicate, and must say the same on every rank.
 
         The update is skipped, on every rank alike, when the global norm is not finite: one NaN
         would otherwise reach every weight through the clipping factor (megatron-core's own step
@@ -223,7 +224,10 @@ class MegatronEngine:
             group["lr"] = learning_rate * group.get("lr_mult", 1.0)
         overflow = self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
-        if overflow or not math.isfinite(grad_norm):
+        if self.before_clipping is not None:
+            self.before_clipping()
+        accepted = accept is None or accept(grad_norm)
+        if not accepted or overflow or not math.isfinite(grad_norm):
             return StepResult(grad_norm, applied=False)
         for optimizer in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
             parameters = optimizer.get_parameters()
@@ -245,7 +249,11 @@ class MegatronEngine:
     def sharded_state_dict(
         self, *, is_loading: bool = False, weights_only: bool = False
     ) -> dict[str, Any]:
-        """Weights and optimizer state as megatron-core's sharded tensors, layout-free keys."""
+        """Weights and optimizer state as megatron-core's sharded tensors, layout-free keys.
+
+        The tensors are those that training uses: loading into them changes the engine. All ranks
+        must call it.
+        """
         if not is_loading:
             self._settle()
         metadata = checkpoint_metadata()
@@ -256,10 +264,7 @@ class MegatronEngine:
         }
         if weights_only:
             return state
-        models = state["model0"] if len(self.chunks) == 1 else dict(state)
-        state["optimizer"] = self.optimizer.sharded_state_dict(
-            models, is_loading=is_loading, metadata=metadata
-        )
+        state["optimizer"] = optimizer_state.sharded_state(self.optimizer, state)
         return state
 
     def _settle(self) -> None:
@@ -279,11 +284,11 @@ class MegatronEngine:
         optimizer state in it, which then stays as it is."""
         for index, chunk in enumerate(self.chunks):
             chunk.module.load_state_dict(state[f"model{index}"], strict=True)
-        with torch.no_grad():  # fp32 master weights may be views of parameters
-            if "optimizer" in state:
-                self.optimizer.load_state_dict(state["optimizer"])
-            else:
-                self.optimizer.reload_model_params()
+        if "optimizer" in state:
+            optimizer_state.take_over(self.optimizer, state["optimizer"])
+            return
+        with torch.no_grad():
+            self.optimizer.reload_model_params()
 
 
 def _without_weight_decay() -> dict[ParamKey, ParamGroupOverride]:
@@ -297,54 +302,9 @@ def _without_weight_decay() -> dict[ParamKey, ParamGroupOverride]:
     return {key: ParamGroupOverride(wd_mult=0.0)}
 
 
-def _check_types(chunks: Sequence[MegatronModule], parallel: ParallelConfig) -> None:
-    types = {parameter.dtype for chunk in chunks for parameter in chunk.parameters()}
-    if len(types) > 1 and not parallel.use_distributed_optimizer:
-        raise ConfigError(
-            "parallel.use_distributed_optimizer=false cannot save a model with routers in bf16: "
-            "they stay fp32, and megatron-core's plain optimizer stores one type only; use "
-            "parallel.use_distributed_optimizer=true, or parallel.precision=fp32"
-        )
-
-
-def _find_fp32_parameters(optimizer: Any) -> None:
-    """Let megatron-core 0.16.1 find the master weights of fp32 parameters among bf16 ones.
-
-    Its distributed optimizer puts a group's fp32 parameters (routers) first, but numbers them in
-    the order of its buffers: checkpoints would hold the state of other parameters under their
-    names, or fail where sizes differ.
-    """
-    for one in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if not hasattr(one, "model_param_group_index_map"):
-            continue
-        groups = zip(one.model_fp32_groups, one.model_float16_groups, strict=True)
-        for index, (full, half) in enumerate(groups):
-            for place, parameter in enumerate([*full, *half]):
-                one.model_param_group_index_map[parameter] = (index, place)
-
-
-def _count_padding_between_buckets(chunks: Sequence[Any]) -> None:
-    """Keep megatron-core 0.16.1 from corrupting optimizer checkpoints of several buckets.
-
-    Its "fully_reshardable" format joins the buckets of a gradient buffer without their padding and
-    then cuts parameters out of the result at offsets that count it. Whatever lies behind a padded
-    bucket is written shifted: a tied embedding under pipeline parallelism has a bucket of its own,
-    and overlapped gradient reduction makes many. Buckets that call their padding content keep both
-    countings the same; what is stored is parameters, so the padding does not reach the file.
-    """
-    for chunk in chunks:
-        for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]:
-            buffer.numel_unpadded = buffer.numel
-            for bucket in buffer.buckets:
-                bucket.numel_unpadded = bucket.grad_data.numel()
-
-
 def checkpoint_metadata() -> dict[str, Any]:
-    """How megatron-core should lay out the optimizer's shards: readable by any layout."""
+    """How megatron-core's modules should describe their weights: readable by any layout."""
     return {
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "distrib_optim_fully_reshardable_mem_efficient": False,
         "singleton_local_shards": False,
-        "chained_optim_avoid_prefix": True,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }

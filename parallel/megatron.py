@@ -19,7 +19,23 @@ with cpu_bridge.fast_import(), warnings.catch_warnings():
     # parallel.accelerators reports them, once, with what each would bring
     warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex).*")
     from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
-    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+    from megatron.core.dist_checkpointing.core import CheckpointingConfig
+    from megatron.core.dist_checkpointing.mapping import (
+        ShardedObject,
+        ShardedTensor,
+        ShardedTensorFactory,
+    )
+    from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+    from megatron.core.dist_checkpointing.strategies.state_dict_saver import (
+        save_state_dict_async_plan,
+    )
+    from megatron.core.dist_checkpointing.strategies.torch import (
+        MCoreSavePlanner,
+        mcore_to_pyt_state_dict,
+    )
+    from megatron.core.dist_checkpointing.strategies.torch import (
+        _replace_state_dict_keys_with_sharded_keys as state_by_sharded_keys,
+    )
     from megatron.core.distributed import (
         DistributedDataParallel,
         DistributedDataParallelConfig,
@@ -37,6 +53,8 @@ with cpu_bridge.fast_import(), warnings.catch_warnings():
     from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
     from megatron.core.optimizer import get_megatron_optimizer
     from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+    from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
     from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
     from megatron.core.optimizer_param_scheduler import ParamGroupOverride
     from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -101,12 +119,16 @@ __all__ = [
     "MLP",
     "AttnMaskType",
     "BaseTransformerLayer",
+    "CheckpointingConfig",
     "ColumnParallelLinear",
     "DistributedDataParallel",
     "DistributedDataParallelConfig",
+    "DistributedOptimizer",
     "Float16Module",
+    "Float16OptimizerWithFloat16Params",
     "LanguageModelEmbedding",
     "LanguageModule",
+    "MCoreSavePlanner",
     "MLPSubmodules",
     "MegatronModule",
     "MegatronOptimizerConfig",
@@ -123,7 +145,9 @@ __all__ = [
     "RowParallelLinear",
     "SelfAttention",
     "SelfAttentionSubmodules",
+    "ShardedObject",
     "ShardedTensor",
+    "ShardedTensorFactory",
     "TransformerBlock",
     "TransformerBlockSubmodules",
     "TransformerConfig",
@@ -144,12 +168,16 @@ __all__ = [
     "init_num_microbatches_calculator",
     "make_sharded_tensors_for_checkpoint",
     "make_tp_sharded_tensor_for_checkpoint",
+    "mcore_to_pyt_state_dict",
     "parallel_state",
     "reduce_from_tensor_model_parallel_region",
     "reduce_scatter_to_sequence_parallel_region",
+    "save_preprocess",
+    "save_state_dict_async_plan",
     "scatter_to_sequence_parallel_region",
     "set_tensor_model_parallel_attributes",
     "sharded_state_dict_default",
+    "state_by_sharded_keys",
     "tensor_parallel",
     "topk_routing_with_score_function",
 ]

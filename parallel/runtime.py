@@ -200,7 +200,7 @@ def initialize(config: ParallelConfig, seed: int) -> Runtime:
         with stages.stage("first collective"):
             _first_collective(place, device)
     except BaseException:
-        _leave_hard_at_exit()
+        leave_hard_at_exit()
         raise
     torch.manual_seed(seed + 100 * parallel_state.get_pipeline_model_parallel_rank())
     tensor_parallel.model_parallel_cuda_manual_seed(
@@ -492,7 +492,7 @@ class _Stages:
         lines = [
             f'start-up stage "{name}": {count} of {place.world_size} ranks did not arrive within'
             f" parallel.startup_timeout_seconds={self.timeout:g}.",
-            *(f"  missing: {_ranks(ranks)}: {where}" for where, ranks in missing.items()),
+            *(f"  missing: {describe_ranks(ranks)}: {where}" for where, ranks in missing.items()),
             f"  look at: {self._look_at(name)}",
         ]
         return "\n".join(lines)
@@ -560,7 +560,7 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _ranks(ranks: list[int]) -> str:
+def describe_ranks(ranks: list[int]) -> str:
     """[1, 2, 3, 7] -> "ranks 1-3, 7"."""
     runs: list[list[int]] = []
     for rank in ranks:
@@ -572,7 +572,9 @@ def _ranks(ranks: list[int]) -> str:
     return f"rank {text}" if len(ranks) == 1 else f"ranks {text}"
 
 
-def _leave_hard_at_exit() -> None:
+def leave_hard_at_exit() -> None:
+    """Have the interpreter end by `os._exit(1)` once everything is written, without destructors."""
+
     def leave() -> None:
         logging.shutdown()
         for stream in (sys.stdout, sys.stderr):

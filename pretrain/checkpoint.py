@@ -1,22 +1,52 @@
-"""When a run saves, which checkpoint it goes on from, and what it refuses to go on from."""
+"""When a run saves, which checkpoint it goes on from, and what it refuses to go on from.
+
+A save is begun by `save` and written behind the training; `check`, at every step, says how it went.
+What fails for want of space is tried again; see `_retry_after`. docs/checkpoints.md tells it all.
+"""
 
 from __future__ import annotations
 
 import re
 import shutil
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from data.language_mixture import stream_differences
 from parallel import checkpoint_io
-from parallel.checkpoint_io import CheckpointError
+from parallel.checkpoint_io import CheckpointError, SaveFailed
+from parallel.checkpoint_manifest import MISSING
+from parallel.checkpoint_save import HostMemory, PendingSave
 from parallel.engine import MegatronEngine, checkpoint_metadata
+from pretrain.checkpoint_list import find_checkpoints, step_of
+from pretrain.checkpoint_retention import Retention
 from pretrain.config import CheckpointConfig, Resume
 from pretrain.train_state import TrainState
 
-_STEP_FOLDER = re.compile(r"step_(\d+)")
+# Of the plain values. 1: the key "format" is missing, and with it what MAY_LACK lists.
+FORMAT = 2
+# Plain values that checkpoints of an older format do without, by the format.
+MAY_LACK = {
+    1: {"format", "identity.train", "train_state.wandb_run_id", "train_state.anomaly"},
+}
+# Keys whose content the engine reads and checks, and what megatron-core notes about itself.
+_READ_ELSEWHERE = re.compile(r"model\d+|optimizer|content_metadata")
+DAMAGED_SUFFIX = ".damaged"
+
+ALL_PARTS = ("model", "data", "train")  # of the identity
+
+# Seconds before each further attempt of the save that ends a run.
+FINAL_SAVE_PAUSES = (2.0, 10.0)
+# Seconds a failing run gives the save in flight to get published.
+_FAREWELL_SECONDS = 5.0
+
+# (kind, step, text): "saved", "save_failed", "save_recovered", "checkpoint_damaged", ...
+Notify = Callable[[str, int, str], None]
 
 
 class Checkpoints:
@@ -26,46 +56,187 @@ class Checkpoints:
         folder: where they are.
         config: how often, how many, whether to resume.
         identity: what must not change between saving and resuming, as nested plain values:
-            {"model": {...}, "data": {...}}. Compared on resume, setting by setting.
+            {"model": {...}, "data": {...}, "train": {...}}. Compared on resume, setting by setting.
+        notify: told what a person should know; called on every rank.
     """
 
-    def __init__(self, folder: Path, config: CheckpointConfig, identity: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: CheckpointConfig,
+        identity: dict[str, Any],
+        notify: Notify = lambda kind, step, text: None,
+    ) -> None:
         self.folder = folder
         self.config = config
         self.identity = identity
+        self.notify = notify
+        self.retention = Retention(folder, config)
+        self._memory = HostMemory()
+        self._pending: PendingSave | None = None
+        self._seconds = 0.0  # the last save took, from its start to its end
+        self._failures = 0  # in a row
+        self._retry_step: int | None = None
+        self._validated = False  # the state's layout, by the first save
+        self._ending = False  # there will be no later step to save
+        self._retention_trouble = ""  # on rank 0
 
     def steps(self) -> list[Path]:
         """Complete checkpoints, oldest first."""
-        if not self.folder.is_dir():
-            return []
-        found = [
-            path
-            for path in self.folder.iterdir()
-            if _STEP_FOLDER.fullmatch(path.name) and checkpoint_io.is_complete(path)
-        ]
-        return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+        return find_checkpoints(self.folder)
+
+    @property
+    def saving(self) -> bool:
+        """Whether a save is being written."""
+        return self._pending is not None
+
+    @property
+    def seconds(self) -> float:
+        """What a save takes, behind the training or not: the last one, or the one so far."""
+        return max(self._seconds, self._pending.seconds if self._pending is not None else 0.0)
 
     def due(self, step: int) -> bool:
-        return self.config.save_interval > 0 and step % self.config.save_interval == 0
+        regular = self.config.save_interval > 0 and step % self.config.save_interval == 0
+        return regular or (self._retry_step is not None and step >= self._retry_step)
 
-    def save(self, engine: MegatronEngine, state: TrainState) -> Path:
-        """Save this step, then remove what retention does not keep. All ranks must call it."""
+    def save(self, engine: MegatronEngine, state: TrainState) -> None:
+        """Save this step, behind the training with checkpoint.async_save. All ranks must call it.
+
+        Waits for a save that is still being written. A save that fails ends nothing: `notify` is
+        told, and a later step is `due`.
+        """
+        self.wait(state.step)
+        self._start(engine, state, self._memory if self.config.async_save else None)
+        if not self.config.async_save:
+            self.wait(state.step)
+
+    def save_last(self, engine: MegatronEngine, state: TrainState) -> None:
+        """Save the step a run ends with, before this returns. All ranks must call it.
+
+        Raises:
+            CheckpointError: on every rank alike, when it failed once more after FINAL_SAVE_PAUSES.
+        """
+        self.wait(state.step)
+        self._ending = True
+        for pause in (*FINAL_SAVE_PAUSES, None):
+            failure = self._start(engine, state, None) or self.wait(state.step)
+            if failure is None:
+                return
+            if pause is None:
+                raise CheckpointError(
+                    f"step {state.step}, at which this run ends, is not saved, after "
+                    f"{len(FINAL_SAVE_PAUSES) + 1} attempts. {failure}\n{self._newest()} Make room "
+                    "or bring the folder back; the same command then goes on from there."
+                )
+            self.notify("save_failed", state.step, f"trying again in {pause:g} s")
+            time.sleep(pause)
+
+    def check(self, step: int) -> None:
+        """At the end of a step: take note of a save that is done on all ranks, if there is one.
+
+        All ranks must call it. One small all-reduce while a save is being written, else nothing.
+        """
+        if self._pending is not None and _on_all_ranks(self._pending.done):
+            self.wait(step)
+
+    def wait(self, step: int) -> SaveFailed | None:
+        """Until the save that is being written is done; the error if it failed.
+
+        All ranks must call it, at the same step.
+        """
+        if self._pending is None:
+            return None
+        pending, self._pending = self._pending, None
+        try:
+            pending.wait()
+        except SaveFailed as error:
+            return self._note_failure(step, error)
+        if self._failures:
+            self.notify("save_recovered", step, f"saving works again: {pending.folder.name}")
+        self._failures = 0
+        self._seconds = pending.seconds
+        if self._retention_trouble:
+            self.notify("retention_failed", step, self._retention_trouble)
+        self.notify("saved", step, f"saved {pending.folder} ({pending.seconds:.1f} s)")
+        return None
+
+    def record_evaluation(self, step: int, loss: float) -> None:
+        """eval/loss of the weights after `step`, for checkpoint.keep_best."""
+        if self.config.keep_best and dist.get_rank() == 0:
+            try:
+                self.retention.record(step, loss)
+            except OSError as error:
+                self.notify("retention_failed", step, f"could not note eval/loss: {error}")
+            if self._pending is None:  # else it will see to that
+                self._retain()
+
+    def close(self) -> None:
+        """When the run ends, with an error perhaps: give the save in flight a moment."""
+        if self._pending is not None:
+            with suppress(SaveFailed):
+                self._pending.wait(_FAREWELL_SECONDS)
+
+    def _start(
+        self, engine: MegatronEngine, state: TrainState, memory: HostMemory | None
+    ) -> SaveFailed | None:
         target = self.folder / f"step_{state.step:08d}"
-        if checkpoint_io.is_complete(target):
-            return target
-        checkpoint_io.save(
-            {
-                **engine.sharded_state_dict(),
-                "train_state": state.to_dict(),
-                "identity": self.identity,
-            },
-            target,
-            metadata=checkpoint_metadata(),
-        )
-        if dist.get_rank() == 0 and self.config.keep_last > 0:
-            for old in self.steps()[: -self.config.keep_last]:
-                _remove(old)
-        return target
+        self._retry_step = None
+        try:
+            if checkpoint_io.on_rank_zero(
+                lambda: self._prepare(target), f"look at {self.folder}", SaveFailed
+            ):
+                return None
+            self._pending = checkpoint_io.start_save(
+                {**engine.sharded_state_dict(), **self._plain_values(state)},
+                target,
+                metadata=checkpoint_metadata(),
+                memory=memory,
+                checksums=self.config.verify_integrity,
+                validate=not self._validated,
+                when_published=self._retain,
+            )
+        except SaveFailed as error:
+            return self._note_failure(state.step, error)
+        self._validated = True
+        return None
+
+    def _prepare(self, target: Path) -> bool:
+        """On rank 0: clear away what killed saves and removals left; whether `target` is there."""
+        for leftover in self.folder.glob(f"step_*{checkpoint_io.PARTIAL_SUFFIX}"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        return checkpoint_io.is_complete(target)
+
+    def _plain_values(self, state: TrainState) -> dict[str, Any]:
+        return {"format": FORMAT, "train_state": state.to_dict(), "identity": self.identity}
+
+    def _note_failure(self, step: int, error: SaveFailed) -> SaveFailed:
+        self._failures += 1
+        text = f"SAVE FAILED: {error}. {self._newest()}"
+        if self.config.save_interval > 0 and not self._ending:
+            self._retry_step = step + self._retry_after()
+            text += f" The training goes on and tries again after step {self._retry_step}."
+        self.notify("save_failed", step, text)
+        return error
+
+    def _retry_after(self) -> int:
+        """Steps: a tenth of checkpoint.save_interval, doubled with each failure in a row."""
+        interval = self.config.save_interval
+        return min(interval, max(1, interval // 10) * 2 ** (self._failures - 1))
+
+    def _newest(self) -> str:
+        try:
+            steps = self.steps()
+        except OSError as error:
+            return f"{self.folder} cannot be read ({error})."
+        return f"The newest checkpoint is {steps[-1].name}." if steps else "There is no checkpoint."
+
+    def _retain(self) -> None:
+        """On rank 0, after each save, in the thread that made it."""
+        self._retention_trouble = ""
+        try:
+            self.retention.apply()
+        except OSError as error:
+            self._retention_trouble = f"could not remove an old checkpoint: {error}"
 
     def resume(self, engine: MegatronEngine) -> TrainState:
         """Bring the engine to where the run stopped, following `checkpoint.resume` and `.load`.
@@ -74,56 +245,195 @@ class Checkpoints:
 
         Raises:
             CheckpointError: the setting and the folder contradict each other, or the checkpoint
-                belongs to another model or other data.
+                belongs to another model or other data, or none is sound.
         """
-        existing = self.steps()
+        self._finish_pending()
+        existing, damaged = self._existing()
         if self.config.resume is Resume.never and existing:
             raise CheckpointError(
                 f"checkpoint.resume=never, but {self.folder} holds {existing[-1].name}; "
                 "choose another run_dir, or checkpoint.resume=auto to go on"
             )
-        if self.config.resume is Resume.required and not existing:
+        if existing:
+            return self.go_back(engine)
+        if damaged:
+            raise CheckpointError(_none_sound(self.folder, damaged))
+        if self.config.resume is Resume.required:
             raise CheckpointError(
                 f"checkpoint.resume=required, but {self.folder} holds no complete checkpoint; "
                 "check run_dir, or use checkpoint.resume=auto to start anew"
             )
-        if existing:
-            return self._load(engine, existing[-1])
         if self.config.load:
-            self._load(engine, self._given(self.config.load), parts=("model",))
+            self._load_given(engine, self.config.load)
         return TrainState()
 
-    def _given(self, load: str) -> Path:
+    def go_back(self, engine: MegatronEngine) -> TrainState:
+        """Bring the engine to the newest sound checkpoint of this run. All ranks must call it.
+
+        Damaged ones are set aside (renamed), and `notify` is told.
+
+        Raises:
+            CheckpointError: there is none, or it belongs to another model or other data.
+        """
+        self._finish_pending()
+        existing, damaged = self._existing()
+        for path in reversed(existing):
+            state, problems = self._load(engine, path, ALL_PARTS)
+            if not problems:
+                return state
+            damaged.append(self._set_aside(path, problems))
+        raise CheckpointError(_none_sound(self.folder, damaged))
+
+    def _finish_pending(self) -> None:
+        if self._pending is not None:
+            self.wait(step_of(self._pending.folder))
+
+    def _existing(self) -> tuple[list[Path], list[str]]:
+        """What rank 0 sees: folders of steps, oldest first, and names of those set aside."""
+
+        def look() -> tuple[list[Path], list[str]]:
+            if not self.folder.is_dir():
+                return [], []
+            found = [path for path in self.folder.iterdir() if path.is_dir()]
+            steps = sorted((path for path in found if step_of(path) >= 0), key=step_of)
+            return steps, sorted(path.name for path in found if DAMAGED_SUFFIX in path.name)
+
+        return checkpoint_io.on_rank_zero(look, f"look at {self.folder}")
+
+    def _set_aside(self, path: Path, problems: list[str]) -> str:
+        def rename() -> str:
+            name, count = path.name + DAMAGED_SUFFIX, 1
+            while (path.parent / name).exists():
+                count += 1
+                name = f"{path.name}{DAMAGED_SUFFIX}-{count}"
+            path.rename(path.parent / name)
+            return name
+
+        name = checkpoint_io.on_rank_zero(rename, f"set {path} aside")
+        shown = "; ".join(problems[:5]) + ("; ..." if problems[5:] else "")
+        self.notify(
+            "checkpoint_damaged",
+            step_of(path),
+            f"DAMAGED CHECKPOINT: {path.name} is not used and now called {name}: {shown}",
+        )
+        return name
+
+    def _load_given(self, engine: MegatronEngine, load: str) -> None:
         """`checkpoint.load` may name a checkpoint, a folder of them, or a run folder."""
-        path = Path(load)
-        for folder in (path, path / "checkpoints"):
-            newest = Checkpoints(folder, self.config, self.identity).steps()
-            if newest:
-                return newest[-1]
-        if path.is_dir() and checkpoint_io.is_complete(path):
-            return path
-        raise CheckpointError(f"checkpoint.load={load}: no complete checkpoint is there")
+        found = checkpoint_io.on_rank_zero(
+            lambda: find_checkpoints(Path(load)), f"look at checkpoint.load={load}"
+        )
+        if not found:
+            raise CheckpointError(f"checkpoint.load={load}: no complete checkpoint is there")
+        _, problems = self._load(engine, found[-1], ("model",))
+        if problems:
+            raise CheckpointError(
+                f"checkpoint.load={load}: {found[-1]} is damaged: {'; '.join(problems[:5])}. "
+                "Name another checkpoint; this one was left as it is"
+            )
 
     def _load(
-        self, engine: MegatronEngine, path: Path, parts: tuple[str, ...] = ("model", "data")
-    ) -> TrainState:
+        self, engine: MegatronEngine, path: Path, parts: tuple[str, ...]
+    ) -> tuple[TrainState, list[str]]:
+        """The state of the run and what is wrong with the checkpoint: then the engine's weights
+        are of no use."""
+        problems = self._problems(path)
+        if problems:
+            return TrainState(), problems
+        state = self._checked_values(path, parts)
+        search = checkpoint_io.DamageSearch(path) if self.config.verify_integrity else None
+        try:
+            self._load_tensors(engine, path, parts)
+        except CheckpointError:
+            problems = search.result() if search is not None else []
+            if not problems:  # then it does not belong to this run
+                raise
+        else:
+            problems = search.result() if search is not None else []
+        return state, [problem for problem in problems if problem != MISSING]
+
+    def _problems(self, path: Path) -> list[str]:
+        problems = checkpoint_io.damage(path)
+        if problems == [MISSING] and _format(path) == 1:
+            text = f"{path.name} cannot be verified: it was saved before there were manifests"
+            self.notify("unverified", step_of(path), text)
+            return []
+        return problems
+
+    def _checked_values(self, path: Path, parts: tuple[str, ...]) -> TrainState:
+        """What the run goes on from besides tensors; raises where it belongs to another run."""
         stored = checkpoint_io.load_plain_values(path)
-        consumed = stored["train_state"]["consumed_sequences"]
+        if parts == ALL_PARTS:
+            check_plain_values(stored, self._plain_values(TrainState()), path)
+        saved = stored.get("train_state", {})
+        consumed = saved.get("consumed_sequences", 0)
         check_identity(stored.get("identity", {}), self.identity, path, parts, consumed)
+        return TrainState(**saved) if parts == ALL_PARTS else TrainState()
+
+    def _load_tensors(self, engine: MegatronEngine, path: Path, parts: tuple[str, ...]) -> None:
         # Another run may have trained what is frozen here: then its optimizer state does not fit.
-        weights_only = "data" not in parts and _on_any_rank(engine.has_frozen_parameters)
+        # Imported and converted checkpoints have none.
+        weights_only = parts != ALL_PARTS and (
+            "optimizer" not in checkpoint_io.load_plain_values(path)
+            or _on_any_rank(engine.has_frozen_parameters)
+        )
         wanted = engine.sharded_state_dict(is_loading=True, weights_only=weights_only)
-        state = checkpoint_io.load(wanted, path)
+        state = checkpoint_io.load(wanted, path, weights_only=weights_only)
         if weights_only:
             state.pop("optimizer", None)  # of what is not sharded all is read
         engine.load_state_dict(state)
-        return TrainState(**stored["train_state"])
 
 
-def _on_any_rank(mine: bool) -> bool:
-    found: list[bool] = [False] * dist.get_world_size()
-    dist.all_gather_object(found, mine)
-    return any(found)
+def check_plain_values(stored: dict[str, Any], wanted: dict[str, Any], path: Path) -> None:
+    """Raise CheckpointError naming what a checkpoint holds and nobody reads, and what it lacks.
+
+    Compares the names that `stored` and `wanted` (what would be saved now) have: those at the top,
+    the parts of the identity, and everything in the state of the run.
+    """
+    written = stored.get("format", 1)
+    if written not in {FORMAT, *MAY_LACK}:
+        raise CheckpointError(
+            f"{path} has format {written}; this version knows formats up to {FORMAT}. "
+            "Use the version that wrote it."
+        )
+    saved, now = _names(stored), _names(wanted)
+    may_lack = MAY_LACK.get(written, set())
+    missing = {name for name in now - saved if not _within(name, may_lack)}
+    problems = [
+        f"  {kind}: {', '.join(sorted(names))}"
+        for kind, names in (("saved, and read by nobody", saved - now), ("missing", missing))
+        if names
+    ]
+    if problems:
+        raise CheckpointError(
+            f"{path} does not hold the values this run would go on from:\n"
+            + "\n".join(problems)
+            + "\nUse the version that wrote it, or start a new run from its weights with "
+            "checkpoint.load."
+        )
+
+
+def _names(values: dict[str, Any]) -> set[str]:
+    """ "train_state.anomaly.losses" and so on; of the identity its parts, whose content is
+    compared by `check_identity`."""
+
+    def below(prefix: str, inside: dict[str, Any]) -> set[str]:
+        names: set[str] = set()
+        for key, value in inside.items():
+            names.add(prefix + key)
+            if isinstance(value, dict):
+                names |= below(f"{prefix}{key}.", value)
+        return names
+
+    kept = {key: value for key, value in values.items() if not _READ_ELSEWHERE.fullmatch(key)}
+    identity = kept.get("identity")
+    if isinstance(identity, dict):
+        kept["identity"] = dict.fromkeys(identity)
+    return below("", kept)
+
+
+def _within(name: str, allowed: set[str]) -> bool:
+    return any(name == one or name.startswith(one + ".") for one in allowed)
 
 
 def check_identity(
@@ -135,13 +445,16 @@ def check_identity(
 ) -> None:
     """Raise CheckpointError naming everything in `parts` in which the two differ.
 
-    The data may differ in what comes after `consumed_sequences`.
+    The data may differ in what comes after `consumed_sequences`. "train" (what else decides about
+    the steps to come, such as the seed) is compared where it was saved.
     """
     differences = []
-    if "model" in parts:
-        before, now = saved.get("model", {}), current.get("model", {})
+    for part in ("model", "train"):
+        if part not in parts or (part == "train" and part not in saved):
+            continue
+        before, now = saved.get(part, {}), current.get(part, {})
         differences += [
-            f"  model.{key}: {before.get(key)!r} saved, {now.get(key)!r} now"
+            f"  {part}.{key}: {before.get(key)!r} saved, {now.get(key)!r} now"
             for key in sorted({*before, *now})
             if before.get(key) != now.get(key)
         ]
@@ -158,9 +471,32 @@ def check_identity(
         )
 
 
-def _remove(folder: Path) -> None:
-    """Rename first: a removal that is interrupted must not leave a folder that looks complete."""
-    doomed = folder.with_name(folder.name + checkpoint_io.PARTIAL_SUFFIX)
-    shutil.rmtree(doomed, ignore_errors=True)
-    folder.rename(doomed)
-    shutil.rmtree(doomed)
+def _none_sound(folder: Path, damaged: list[str]) -> str:
+    return (
+        f"no sound checkpoint is left in {folder}; damaged: {', '.join(sorted(damaged))}. "
+        "Put one back from a copy (without the suffix), or choose another run_dir to start anew; a "
+        "new run in this one needs these folders removed by hand"
+    )
+
+
+def _format(path: Path) -> int | None:
+    """Of a checkpoint's plain values, as rank 0 reads it; None: they cannot be read."""
+    try:
+        return checkpoint_io.on_rank_zero(
+            lambda: checkpoint_io.load_plain_values(path).get("format", 1), f"read {path}"
+        )
+    except CheckpointError:
+        return None
+
+
+def _on_any_rank(mine: bool) -> bool:
+    found: list[bool] = [False] * dist.get_world_size()
+    dist.all_gather_object(found, mine)
+    return any(found)
+
+
+def _on_all_ranks(mine: bool) -> bool:
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    flag = torch.tensor(int(mine), device=device)
+    dist.all_reduce(flag, op=dist.ReduceOp.MIN)
+    return bool(flag.item())

@@ -6,20 +6,23 @@ Imports neither torch nor megatron-core.
 import math
 from dataclasses import dataclass, field
 from enum import Enum
+from importlib.util import find_spec
 
 from data.config import DataConfig
 from models.config import ModelConfig
 from models.parameter_count import padded_vocab_size
 from parallel.config import (
+    FIRST_STEP_ALLOWANCE,
     ConfigError,
     ContextParallelComm,
     OptimizerConfig,
     ParallelConfig,
-    Precision,
     RecomputeGranularity,
     below,
+    not_positive,
 )
 from parallel.rank_layout import RankLayout
+from pretrain.walltime import walltime_seconds
 
 
 class DecayStyle(Enum):
@@ -32,6 +35,20 @@ class Resume(Enum):
     auto = "auto"  # from the newest complete checkpoint of the run folder, if there is one
     never = "never"  # refuse a run folder that holds checkpoints
     required = "required"  # refuse a run folder that holds none
+
+
+class OnNonfinite(Enum):
+    skip = "skip"  # no update; the step counts as taken
+    rollback = "rollback"  # back to the newest checkpoint, and on without the last steps' data
+    stop = "stop"  # no update, and the run ends with an error
+
+
+class OnSpike(Enum):
+    ignore = "ignore"
+    report = "report"  # update as usual, and say which documents stand out
+    skip = "skip"
+    rollback = "rollback"
+    stop = "stop"
 
 
 class WandbMode(Enum):
@@ -77,6 +94,10 @@ class TrainConfig:
     eval_sequences: int = 64  # validation sequences per language, at most
     # steps between two reports on the routers of a model with experts (docs/moe.md); 0: none
     router_health_interval: int = 10
+    # steps between two reports on losses, ratios, tokens and epochs by family and language; 0: none
+    mixture_interval: int = 10
+    # steps between two reports on norms of gradients and weights by kind and layer; 0: none
+    gradient_norm_interval: int = 20
 
     def __post_init__(self) -> None:
         problems = below(
@@ -94,6 +115,8 @@ class TrainConfig:
                 "train.seed": self.seed,
                 "train.eval_interval": self.eval_interval,
                 "train.router_health_interval": self.router_health_interval,
+                "train.mixture_interval": self.mixture_interval,
+                "train.gradient_norm_interval": self.gradient_norm_interval,
             },
             0,
         )
@@ -104,7 +127,14 @@ class TrainConfig:
 @dataclass(kw_only=True)
 class CheckpointConfig:
     save_interval: int = 500  # steps; 0: only at the end and on a signal
-    keep_last: int = 3  # older checkpoints are removed; 0 keeps all
+    keep_last: int = 3  # checkpoints; older ones are removed but for the next two; 0 keeps all
+    keep_every: int = 0  # steps; those at its multiples are kept for ever; 0: none
+    keep_best: int = 0  # checkpoints; as many of the lowest eval/loss are kept
+    # Files are written while the training goes on, which waits for a copy in host memory only
+    # (on a CPU, as much memory again as weights and optimizer take).
+    async_save: bool = True
+    # checksums of all files, taken when saving, compared when resuming; false: sizes only
+    verify_integrity: bool = True
     resume: Resume = Resume.auto
     # another run's checkpoint folder to start from: weights and optimizer, or the weights alone
     # where some are frozen here
@@ -115,9 +145,107 @@ class CheckpointConfig:
             {
                 "checkpoint.save_interval": self.save_interval,
                 "checkpoint.keep_last": self.keep_last,
+                "checkpoint.keep_every": self.keep_every,
+                "checkpoint.keep_best": self.keep_best,
             },
             0,
         )
+        if problems:
+            raise ConfigError(*problems)
+
+
+@dataclass(kw_only=True)
+class FaultToleranceConfig:
+    """What ends a run that cannot go on, and when (docs/reliability.md)."""
+
+    heartbeat_interval_seconds: float = 2.0  # between two signs of life of a rank
+    heartbeat_timeout_seconds: float = 8.0  # a rank silent for longer is dead to the others
+    # seconds without any rank getting on, after which the run ends and says who is behind; 0: never
+    hang_timeout_seconds: float = 600.0
+    # When the allocation ends, "[D-]HH:MM:SS" or minutes from the start of the job or the run; the
+    # run saves and stops before. None: when SLURM says, if it does.
+    walltime: str | None = None
+    # seconds kept free before that end besides what a step and a save were measured to take
+    grace_seconds: float = 60.0
+
+    def __post_init__(self) -> None:
+        interval, timeout = self.heartbeat_interval_seconds, self.heartbeat_timeout_seconds
+        problems = not_positive(
+            {
+                "fault_tolerance.heartbeat_interval_seconds": interval,
+                "fault_tolerance.heartbeat_timeout_seconds": timeout,
+            }
+        )
+        if not problems and timeout < 3 * interval:
+            problems.append(
+                f"fault_tolerance.heartbeat_timeout_seconds={timeout:g} must be at least 3 times "
+                f"fault_tolerance.heartbeat_interval_seconds={interval:g}, or one late sign of "
+                f"life counts as a death; use {3 * interval:g} or more, or an interval of "
+                f"{timeout / 3:g} or less"
+            )
+        if not (math.isfinite(self.hang_timeout_seconds) and self.hang_timeout_seconds >= 0):
+            problems.append(
+                f"fault_tolerance.hang_timeout_seconds={self.hang_timeout_seconds} must be 0 "
+                "(never) or a finite number above"
+            )
+        if self.walltime is not None:
+            try:
+                walltime_seconds(self.walltime)
+            except ValueError as error:
+                problems.append(f"fault_tolerance.walltime={self.walltime} {error}")
+        if not (math.isfinite(self.grace_seconds) and self.grace_seconds >= 0):
+            problems.append(
+                f"fault_tolerance.grace_seconds={self.grace_seconds} must be 0 or a finite number "
+                "above"
+            )
+        if problems:
+            raise ConfigError(*problems)
+
+
+@dataclass(kw_only=True)
+class AnomalyConfig:
+    """Steps whose loss or gradient is not finite, or far above those before (docs/anomalies.md)."""
+
+    on_nonfinite: OnNonfinite = OnNonfinite.skip
+    on_spike: OnSpike = OnSpike.report
+    spike_window: int = 128  # updates before it that a step is compared with, at most
+    spike_warmup: int = 64  # updates before the first comparison
+    # Robust standard deviations above the median. Nine runs of 400 steps without a spike stay below
+    # 9 in the gradient norm and 2 in the loss.
+    spike_threshold: float = 10.0
+    max_rollbacks: int = 3  # of a run; the next one ends it
+    # steps whose data a rollback leaves out: the one it is for, and those before it as far as the
+    # checkpoint
+    rollback_steps: int = 10
+    # steps whose token losses stay on the device (4 bytes a token), so that a report can look back
+    keep_batches: int = 8
+    max_documents: int = 10  # in a report
+    rerun_sequences: int = 16  # run again one by one for a report, at most; 0: none
+
+    def __post_init__(self) -> None:
+        problems = below(
+            {
+                "anomaly.spike_warmup": self.spike_warmup,
+                "anomaly.rollback_steps": self.rollback_steps,
+                "anomaly.keep_batches": self.keep_batches,
+                "anomaly.max_documents": self.max_documents,
+            },
+            1,
+        )
+        problems += below(
+            {
+                "anomaly.max_rollbacks": self.max_rollbacks,
+                "anomaly.rerun_sequences": self.rerun_sequences,
+            },
+            0,
+        )
+        if self.spike_window < self.spike_warmup:
+            problems.append(
+                f"anomaly.spike_window={self.spike_window} must hold the anomaly.spike_warmup="
+                f"{self.spike_warmup} updates before the first comparison; use "
+                f"{self.spike_warmup} or more, or a shorter warm-up"
+            )
+        problems += not_positive({"anomaly.spike_threshold": self.spike_threshold})
         if problems:
             raise ConfigError(*problems)
 
@@ -132,6 +260,43 @@ class WandbConfig:
 
 
 @dataclass(kw_only=True)
+class TensorboardConfig:
+    """Scalars for TensorBoard in run_dir/tensorboard, written by rank 0."""
+
+    enabled: bool = False  # needs the package tensorboard
+
+
+@dataclass(kw_only=True)
+class ProfileConfig:
+    """Where the time of a step goes (docs/observability.md)."""
+
+    start_step: int = 0  # the first step that is traced, counted from 1; 0: none
+    steps: int = 3  # traced steps
+    ranks: list[int] = field(default_factory=lambda: [0])  # whose traces are written
+    straggler_interval: int = 50  # steps between two steps whose ranks are compared; 0: none
+    # a rank that is busy so many times as long as the median rank, twice running, is pointed out
+    straggler_ratio: float = 1.5
+
+    def __post_init__(self) -> None:
+        problems = below({"profile.steps": self.steps}, 1)
+        problems += below(
+            {
+                "profile.start_step": self.start_step,
+                "profile.straggler_interval": self.straggler_interval,
+            },
+            0,
+        )
+        if any(rank < 0 for rank in self.ranks):
+            problems.append(f"profile.ranks={self.ranks} must be ranks, which count from 0")
+        if not (math.isfinite(self.straggler_ratio) and self.straggler_ratio > 1):
+            problems.append(
+                f"profile.straggler_ratio={self.straggler_ratio} must be a finite number above 1"
+            )
+        if problems:
+            raise ConfigError(*problems)
+
+
+@dataclass(kw_only=True)
 class PretrainConfig:
     model: ModelConfig
     data: DataConfig = field(default_factory=DataConfig)
@@ -140,7 +305,11 @@ class PretrainConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    fault_tolerance: FaultToleranceConfig = field(default_factory=FaultToleranceConfig)
+    anomaly: AnomalyConfig = field(default_factory=AnomalyConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    tensorboard: TensorboardConfig = field(default_factory=TensorboardConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     run_dir: str = "runs/${model.name}"
 
     def __post_init__(self) -> None:
@@ -177,7 +346,8 @@ def validate(config: PretrainConfig, world_size: int) -> RankLayout:
     problems += _experts(config, layout.ranks_per_stage if layout else None)
     if layout is not None:
         problems += _batch(config, layout.data_parallel_size)
-    problems += _learning_rate(config)
+    problems += _learning_rate(config) + _profile(config, world_size) + _tensorboard(config)
+    problems += _hang_timeout(config) + _best_checkpoints(config)
     if layout is None or problems:
         raise ConfigError(*problems)
     return layout
@@ -228,12 +398,6 @@ def _experts(config: PretrainConfig, ranks_per_stage: int | None) -> list[str]:
         problems.append(
             f"parallel.expert_model_parallel_size={ep} must divide model.moe.num_experts="
             f"{moe.num_experts}; {_which_do(_divisors(shared_out))}"
-        )
-    unsharded = not parallel.use_distributed_optimizer
-    if unsharded and parallel.precision is Precision.bf16:
-        problems.append(
-            "parallel.use_distributed_optimizer=false with parallel.precision=bf16 cannot save "
-            "the routers, which stay fp32; use parallel.use_distributed_optimizer=true"
         )
     widths = {
         f"the width of an expert, {model.expert_ffn_hidden_size}": model.expert_ffn_hidden_size,
@@ -382,6 +546,53 @@ def _learning_rate(config: PretrainConfig) -> list[str]:
             f"schedule.min_lr={schedule.min_lr} must not exceed optimizer.lr={lr}; use {lr / 10:g}"
         )
     return problems
+
+
+def _best_checkpoints(config: PretrainConfig) -> list[str]:
+    best, save = config.checkpoint.keep_best, config.checkpoint.save_interval
+    evaluate = config.train.eval_interval
+    if best == 0 or save == 0 or (evaluate and save % evaluate == 0):
+        return []
+    use = f"train.eval_interval={save}, or a divisor of that"
+    if evaluate:
+        use = f"checkpoint.save_interval={_neighbours(save, evaluate)}"
+    return [
+        f"checkpoint.keep_best={best} compares what is evaluated in the step it is saved: "
+        f"checkpoint.save_interval={save} must be a multiple of train.eval_interval={evaluate}; "
+        f"use {use}"
+    ]
+
+
+def _hang_timeout(config: PretrainConfig) -> list[str]:
+    hang = config.fault_tolerance.hang_timeout_seconds
+    collective = config.parallel.collective_timeout_seconds
+    if FIRST_STEP_ALLOWANCE * hang < collective:
+        return []
+    return [
+        f"fault_tolerance.hang_timeout_seconds={hang:g}, times {FIRST_STEP_ALLOWANCE:g} in the "
+        f"first step, must be below parallel.collective_timeout_seconds={collective:g}, or the "
+        "collective gives up before anyone has said which rank is behind; use "
+        f"{collective / (FIRST_STEP_ALLOWANCE + 1):g}, or a longer timeout there"
+    ]
+
+
+def _profile(config: PretrainConfig, world_size: int) -> list[str]:
+    beyond = [rank for rank in config.profile.ranks if rank >= world_size]
+    if not beyond:
+        return []
+    return [
+        f"profile.ranks={config.profile.ranks} names rank {beyond[0]}, but the run has ranks 0 to "
+        f"{world_size - 1}; use some of these"
+    ]
+
+
+def _tensorboard(config: PretrainConfig) -> list[str]:
+    if not config.tensorboard.enabled or find_spec("tensorboard") is not None:
+        return []
+    return [
+        "tensorboard.enabled=true needs the package tensorboard, which is not installed; install "
+        "magnetron[tensorboard], or use tensorboard.enabled=false (metrics.jsonl has all numbers)"
+    ]
 
 
 def _divisors(number: int) -> list[int]:

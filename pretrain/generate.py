@@ -99,7 +99,8 @@ def load_model(
     chunks = build_model(model, parallel, runtime, vocab_size=model.vocab_size, seed=0)
     metadata = checkpoint_metadata()
     state = {"model0": chunks[0].sharded_state_dict(metadata=metadata)}
-    chunks[0].load_state_dict(checkpoint_io.load(state, checkpoint)["model0"])
+    loaded = checkpoint_io.load(state, checkpoint, weights_only=True)
+    chunks[0].load_state_dict(loaded["model0"])
     chunks[0].eval()
     return list(chunks)
 

@@ -173,6 +173,16 @@ class RouterReport:
         self._table_up_to = self._counted_up_to
         totals.zero()
 
+    def go_back(self, step: int) -> None:
+        """The run goes on from `step`, an earlier one: what was counted after it does not count."""
+        for health in self.healths:
+            if health.totals is not None:
+                health.totals.zero()
+        self._since_table.zero()
+        self._counted_up_to = self._table_up_to = step
+        if self._file is not None:
+            self._file = self._file.reopened(step)
+
     def close(self) -> None:
         if self._file is not None:
             self._file.close()

@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,41 +23,80 @@ from data.loader import MicroBatchLoader
 from data.open_data import Data, open_data, prepare
 from data.prefetch import PrefetchLoader
 from models.build import build_model
+from models.config import ModelConfig
 from models.parameter_count import flops_per_token
 from parallel import failure_watch
 from parallel.accelerators import check_apex, find_accelerators
 from parallel.engine import MegatronEngine
 from parallel.failure_watch import FailureWatch
 from parallel.precision import parameter_dtype
+from parallel.progress_beacon import beacon
 from parallel.runtime import Runtime, initialize, shutdown
-from pretrain.checkpoint import Checkpoints
+from pretrain.anomaly_watch import open_anomaly_watch
+from pretrain.checkpoint import Checkpoints, Notify
 from pretrain.config import PretrainConfig
+from pretrain.events import Events
+from pretrain.html_report import write_html_report
+from pretrain.instruments import Instruments
 from pretrain.progress import Progress
-from pretrain.provenance import write_run_record
+from pretrain.provenance import atomic_write_text, write_run_record
 from pretrain.report import plot_curves, print_report
 from pretrain.router_plot import plot_router
 from pretrain.router_report import open_router_report
-from pretrain.stop_signal import StopSignal
-from pretrain.throughput import ThroughputMeter, peak_flops_of_run
-from pretrain.tracker import make_tracker, read_metrics
+from pretrain.run_lock import RunFolderBusyError, RunLock
+from pretrain.run_status import RunStatus
+from pretrain.stop_signal import StopSignal, stop_signal
+from pretrain.throughput import ThroughputMeter, peak_flops_of_run, pipeline_bubble
+from pretrain.tracker import WANDB_RUN_ID_FILE, make_tracker, read_metrics
 from pretrain.train_loop import Outcome, TrainLoop
+from pretrain.train_state import TrainState
+from pretrain.walltime import WallTime, end_of_time
 
 
-def run(config: PretrainConfig) -> Outcome:
-    """Train `config.model` on `config.data` until `train.train_steps` or a signal.
+def run(config: PretrainConfig, stop: StopSignal | None = None) -> Outcome:
+    """Train `config.model` on `config.data` until `train.train_steps`, a signal, or until the time
+    is up.
 
-    Writes the run's record, metrics, checkpoints and curves into `config.run_dir`.
+    Writes the run's record, metrics, checkpoints and curves into `config.run_dir`, which is held
+    for this run alone meanwhile.
+
+    Args:
+        stop: entered already, for signals that come while this module is imported.
     """
-    with StopSignal(announce=partial(print, flush=True) if _is_rank_zero() else None) as stop:
+    with ExitStack() as outermost:
+        if stop is None:
+            stop = outermost.enter_context(stop_signal())
         check_apex()
         runtime = initialize(config.parallel, config.train.seed)
-        with FailureWatch(runtime):
-            outcome = train(config, runtime, stop)
+        with watch_for_failures(config, runtime) as watch:
+            # left after the failure watch, so that a failure is recorded with its cause
+            status = outermost.enter_context(run_folder(Path(config.run_dir), runtime))
+            watch.last_words = status.failed
+            outcome = train(config, runtime, stop, status)
         shutdown(runtime)
         return outcome
 
 
-def train(config: PretrainConfig, runtime: Runtime, stop: StopSignal) -> Outcome:
+def watch_for_failures(config: PretrainConfig, runtime: Runtime) -> FailureWatch:
+    """What ends all ranks when one fails, dies or hangs; the rank that finds it records it."""
+    settings, run_dir = config.fault_tolerance, Path(config.run_dir)
+    events = Events(run_dir, enabled=True)
+
+    def record(kind: str, text: str) -> None:
+        if beacon.position().in_training:  # a start that is refused leaves no trace
+            events.write(f"rank_{kind}", beacon.step, text)
+
+    return FailureWatch(
+        runtime,
+        heartbeat_interval_seconds=settings.heartbeat_interval_seconds,
+        heartbeat_timeout_seconds=settings.heartbeat_timeout_seconds,
+        hang_timeout_seconds=settings.hang_timeout_seconds,
+        stacks=run_dir / "stacks",
+        report=record,
+    )
+
+
+def train(config: PretrainConfig, runtime: Runtime, stop: StopSignal, status: RunStatus) -> Outcome:
     """What all ranks do together between start-up and shutdown."""
     run_dir = Path(config.run_dir)
 
@@ -70,16 +110,35 @@ def train(config: PretrainConfig, runtime: Runtime, stop: StopSignal) -> Outcome
     )
     engine = MegatronEngine(chunks, config.parallel, config.optimizer, runtime)
 
-    checkpoints = Checkpoints(run_dir / "checkpoints", config.checkpoint, identity(config, data))
-    state = checkpoints.resume(engine)  # reads only: a refused resume leaves no trace
+    events = Events(run_dir, enabled=runtime.rank == 0)
+    checkpoints = Checkpoints(
+        run_dir / "checkpoints",
+        config.checkpoint,
+        identity(config, data),
+        notify=notice(events, print if runtime.rank == 0 else None),
+    )
+    state = checkpoints.resume(engine)  # a refused resume leaves no trace
     record_run(config, data, runtime, run_dir, resumed_step=state.step)
+    status.starting(state.step, config.train.train_steps, runtime.world_size)
+    if state.step:
+        events.write("resume", state.step, f"resumed on {runtime.world_size} ranks")
+    keep_wandb_run_id(run_dir, state, runtime)
     tracker = make_tracker(
         config.wandb,
         run_dir,
         runtime.rank,
         asdict_plain(config),
         resumed_step=state.step or None,
+        tensorboard=config.tensorboard,
     )
+    keep_wandb_run_id(run_dir, state, runtime)
+    progress = Progress(
+        config.train.train_steps,
+        start_step=state.step,
+        enabled=runtime.rank == 0,
+        log_interval=config.train.log_interval,
+    )
+    checkpoints.notify = notice(events, progress.message)
     loop = TrainLoop(
         config=config,
         engine=engine,
@@ -94,16 +153,18 @@ def train(config: PretrainConfig, runtime: Runtime, stop: StopSignal) -> Outcome
             micro_batch_multiple=runtime.pipeline_parallel_size,
         ),
         checkpoints=checkpoints,
+        anomalies=open_anomaly_watch(config, engine, runtime, data, checkpoints, progress, events),
         tracker=tracker,
         meter=throughput_meter(config, data, runtime),
-        progress=Progress(
-            config.train.train_steps,
-            start_step=state.step,
-            enabled=runtime.rank == 0,
-            log_interval=config.train.log_interval,
+        progress=progress,
+        instruments=Instruments(
+            config, engine, data.mixture, runtime, tracker, progress, events, state
         ),
         ledger=Ledger(run_dir) if runtime.rank == 0 else None,
         router=open_router_report(config, engine, data, runtime, resumed_step=state.step or None),
+        status=status,
+        walltime=wall_time(config, runtime),
+        events=events,
     )
     loop.progress.message(runtime.describe())
     for line in accelerator_lines(runtime):
@@ -111,17 +172,84 @@ def train(config: PretrainConfig, runtime: Runtime, stop: StopSignal) -> Outcome
     finished = False
     try:
         outcome = loop.run(state, stop)
+        status.ended(outcome.stopped_by)
         finished = True
     finally:
         if isinstance(loop.loader, PrefetchLoader):
             loop.loader.close()
+        checkpoints.close()
         loop.progress.close()
         if loop.router is not None:
             loop.router.close()
+        loop.instruments.close()
         tracker.close(failed=not finished)
     if runtime.rank == 0:
         report(outcome, run_dir, config)
     return outcome
+
+
+@contextmanager
+def run_folder(run_dir: Path, runtime: Runtime) -> Iterator[RunStatus]:
+    """Hold the run folder, and report the run's status there. All ranks must enter it.
+
+    Raises RunFolderBusyError on all ranks where another run holds the folder.
+    """
+    with ExitStack() as held:
+        status = RunStatus()
+        refusal: list[Exception | None] = [None]
+        if runtime.rank == 0:
+            lock = RunLock(run_dir)
+            try:
+                held.enter_context(lock)
+            except (RunFolderBusyError, OSError) as error:
+                refusal = [error]
+                if (watch := failure_watch.current()) is not None:
+                    watch.announce(error)  # before the others learn of it, and raise it as well
+            status = RunStatus(run_dir, lock)
+        torch.distributed.broadcast_object_list(refusal, src=0)
+        if refusal[0] is not None:
+            raise refusal[0]
+        yield held.enter_context(status)
+
+
+def keep_wandb_run_id(run_dir: Path, state: TrainState, runtime: Runtime) -> None:
+    """Before the tracker starts: the checkpoint's W&B run goes on where the folder has lost its id.
+    After it: the next checkpoint knows the folder's.
+
+    `checkpoint.load` starts a new run there, as it starts counting anew.
+    """
+    if runtime.rank != 0:
+        return
+    file = run_dir / WANDB_RUN_ID_FILE
+    if state.wandb_run_id and not file.is_file():
+        atomic_write_text(file, state.wandb_run_id + "\n")
+    elif file.is_file():
+        state.wandb_run_id = file.read_text(encoding="utf-8").strip()
+
+
+def wall_time(config: PretrainConfig, runtime: Runtime) -> WallTime:
+    """When the run must have stopped, by the clock of rank 0."""
+    if runtime.rank != 0:
+        return WallTime()
+    settings = config.fault_tolerance
+    return WallTime(end_of_time(settings.walltime, os.environ), settings.grace_seconds)
+
+
+def notice(events: Events, say: Callable[[str], None] | None) -> Notify:
+    """What checkpoints have to tell, to a person and, but for what is as it should be, to the
+    run's events; a disk that is full is one of these things."""
+
+    def tell(kind: str, step: int, text: str) -> None:
+        if say is not None:
+            say(text)
+        if kind != "saved":
+            try:
+                events.write(kind, step, text)
+            except OSError as error:
+                if say is not None:
+                    say(f"could not write {events.path}: {error}")
+
+    return tell
 
 
 def prepare_data(config: PretrainConfig, runtime: Runtime) -> Data:
@@ -172,24 +300,34 @@ def vocab_size(config: PretrainConfig, data: Data) -> int:
 
 
 def identity(config: PretrainConfig, data: Data) -> dict[str, Any]:
-    """What a checkpoint must agree with to be resumed: the model's shape and the data stream."""
-    model = asdict_plain(config.model)
-    model["vocab_size"] = vocab_size(config, data)
+    """What a checkpoint must agree with to be resumed: the model's shape, the data stream, and the
+    seed of what is drawn in each step."""
+    return {
+        "model": model_identity(config.model, vocab_size(config, data)),
+        "data": data.mixture.fingerprint(),
+        "train": {"seed": config.train.seed},
+    }
+
+
+def model_identity(model: ModelConfig, vocab_size: int) -> dict[str, Any]:
+    """What decides about names, shapes and meaning of a model's weights."""
+    shape = asdict_plain(model)
+    shape["vocab_size"] = vocab_size
     for free_to_change in ("name", "hidden_dropout", "attention_dropout", "init_method_std", "moe"):
-        model.pop(free_to_change)
-    moe = config.model.moe
+        shape.pop(free_to_change)
+    moe = model.moe
     if moe.num_experts:  # a dense model's checkpoint knows nothing of experts
-        model |= {
+        shape |= {
             "moe.num_experts": moe.num_experts,
-            "moe.sparse_layers": moe.sparse_layers(config.model.num_layers),
+            "moe.sparse_layers": moe.sparse_layers(model.num_layers),
             "moe.sparse_after_layer": moe.sparse_after_layer,
             "moe.stacked_sublayers": moe.stacked_sublayers,
-            "moe.ffn_hidden_size": config.model.expert_ffn_hidden_size,
+            "moe.ffn_hidden_size": model.expert_ffn_hidden_size,
             "moe.shared_expert_intermediate_size": moe.shared_expert_intermediate_size,
             "moe.router": moe.router.value,
             "moe.router_dim": moe.dim,
         }
-    return {"model": model, "data": data.mixture.fingerprint()}
+    return shape
 
 
 def record_run(
@@ -225,9 +363,15 @@ def throughput_meter(config: PretrainConfig, data: Data, runtime: Runtime) -> Th
             ranks_per_host=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
         )
     torch.distributed.barrier()
-    seq_length = data.mixture.seq_length
+    seq_length, train = data.mixture.seq_length, config.train
     return ThroughputMeter(
-        flops_per_token(config.model, seq_length, vocab_size=vocab_size(config, data)), peak
+        flops_per_token(config.model, seq_length, vocab_size=vocab_size(config, data)),
+        peak,
+        pipeline_bubble=pipeline_bubble(
+            runtime.pipeline_parallel_size,
+            config.parallel.virtual_pipeline_model_parallel_size,
+            train.global_batch_size // (train.micro_batch_size * runtime.data_parallel_size),
+        ),
     )
 
 
@@ -244,6 +388,7 @@ def report(outcome: Outcome, run_dir: Path, config: PretrainConfig) -> None:
         "curves": plot_curves(run_dir / "metrics.jsonl", run_dir / "curves.png"),
         "metrics": run_dir / "metrics.jsonl",
         "record": run_dir / "run.json",
+        "page": write_html_report(run_dir),
     }
     routing = plot_router(run_dir, run_dir / "router.png")
     if routing is not None:
@@ -288,7 +433,3 @@ def asdict_plain(settings: Any) -> dict[str, Any]:
         return getattr(value, "value", value)
 
     return plain(asdict(settings))
-
-
-def _is_rank_zero() -> bool:
-    return os.environ.get("RANK", "0") == "0"

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM end a run cleanly: finish the step, save, leave.
+"""SIGINT, SIGTERM, SIGUSR1 and SIGUSR2 end a run cleanly: finish the step, save, leave.
 
 What arrives, and when (read in torch 2.13's elastic agent and watched with `torchrun`):
 
@@ -15,6 +15,11 @@ What arrives, and when (read in torch 2.13's elastic agent and watched with `tor
   leaves the workers running without a parent.
 - SLURM (scancel, time limit) signals every process of the step, torchrun included: each worker
   gets the same signal twice within milliseconds. KillWait (default 30 s) later comes SIGKILL.
+- SIGUSR1 is what SLURM is asked to send some time before the limit (--signal). It ends torchrun,
+  which does not handle it and leaves its workers behind, unless torchrun was started with it
+  ignored: `bash -c 'trap "" USR1 USR2; exec torchrun ...'`. Its workers inherit that, and what
+  comes before their own handler is lost: enter StopSignal before the long imports, and let the
+  batch script repeat the signal until the job step ends.
 - When one worker fails, torchrun sends SIGTERM to the others. Those that wait in a collective for
   the dead one see it only when the collective fails; torchrun kills them after its 30 s.
 """
@@ -25,13 +30,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from types import FrameType, TracebackType
 from typing import Any
 
 # Signals this close together are one request that arrived twice (SLURM's and torchrun's copy).
 REPEAT_SECONDS = 1.0
 
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 _END = b"\0"  # no signal has number 0
 
 
@@ -40,14 +46,15 @@ def _print_to_stderr(text: str) -> None:
 
 
 class StopSignal:
-    """Context manager that turns SIGINT and SIGTERM into a flag, and impatience into an exit.
+    """Context manager that turns stop signals into a flag, and impatience into an exit.
 
     The first signal sets `requested`. Where SIGINT is involved (a person at a terminal), a further
     signal at least REPEAT_SECONDS later ends the process at once with status 128 + signal, without
-    clean-up. Repeated SIGTERM is ignored: it comes from batch systems, which follow with SIGKILL.
+    clean-up. Others that are repeated are ignored: they come from batch systems, which follow with
+    SIGKILL.
 
     Ranks do not receive signals during the same step, and a rank that stops alone leaves the
-    others waiting in a collective: the decision to stop is `agree`, not `requested`.
+    others waiting in a collective: the decision to stop is made by all, not by `requested`.
 
     Python runs signal handlers in the main thread between bytecodes, hence not while that thread
     waits in a collective. The flag can wait; aborting cannot, so a thread of its own sees to that.
@@ -68,16 +75,6 @@ class StopSignal:
     def requested(self) -> str | None:
         """Name of the signal this process received first, such as "SIGINT"; None: none yet."""
         return signal.Signals(self._number).name if self._number else None
-
-    def agree(self, all_reduce_max: Callable[[int], int]) -> str | None:
-        """Name of a signal that any rank received, the same answer on all; None: go on.
-
-        Every rank must call it, at the same step. `all_reduce_max` takes this rank's number and
-        returns the maximum over all ranks: one collective of one integer. Where ranks received
-        different signals the higher number wins (SIGTERM over SIGINT).
-        """
-        number = all_reduce_max(self._number)
-        return signal.Signals(number).name if number else None
 
     def __enter__(self) -> "StopSignal":
         self._number = 0
@@ -139,3 +136,9 @@ class StopSignal:
         if number == signal.SIGINT:
             text += " Press Ctrl-C again to leave at once, without saving."
         self._announce(text)
+
+
+def stop_signal() -> StopSignal:
+    """The one of a run: rank 0 says on standard output that the run will stop."""
+    first = os.environ.get("RANK", "0") == "0"
+    return StopSignal(announce=partial(print, flush=True) if first else None)

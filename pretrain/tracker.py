@@ -1,7 +1,7 @@
-"""Where a run's numbers go: its own JSONL, which is the truth, and Weights & Biases, a sink.
+"""Where a run's numbers go: its own JSONL, which is the truth; W&B and TensorBoard are sinks.
 
-Names are flat and '/'-separated (train/loss, eval/family/<family>/loss, ...). Imports neither
-torch nor megatron-core, and wandb only where a run uses it.
+Names are flat and '/'-separated (train/loss, ...); `pretrain.metrics` lists them. Imports neither
+torch nor megatron-core, and wandb and tensorboard only where a run uses them.
 """
 
 import contextlib
@@ -17,11 +17,14 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
-from pretrain.config import WandbConfig, WandbMode
+from pretrain import wandb_file
+from pretrain.config import TensorboardConfig, WandbConfig, WandbMode
+from pretrain.metrics import METRICS
 from pretrain.provenance import atomic_write_text, hide_secret_values, without_secrets
 
 METRICS_FILE = "metrics.jsonl"
 WANDB_RUN_ID_FILE = "wandb_run_id"
+TENSORBOARD_FOLDER = "tensorboard"
 
 
 class Tracker(Protocol):
@@ -32,6 +35,9 @@ class Tracker(Protocol):
 
     def log_table(self, step: int, name: str, columns: list[str], rows: list[list[Any]]) -> None:
         """Show a table where the tracker can; who calls keeps it in a file of its own."""
+
+    def go_back(self, step: int) -> None:
+        """The run goes on from `step`, an earlier one: what came after it no longer holds."""
 
     def close(self, failed: bool = False) -> None:
         """Flush and end, `failed` after an error; a second call is harmless."""
@@ -44,6 +50,9 @@ class NullTracker:
         pass
 
     def log_table(self, step: int, name: str, columns: list[str], rows: list[list[Any]]) -> None:
+        pass
+
+    def go_back(self, step: int) -> None:
         pass
 
     def close(self, failed: bool = False) -> None:
@@ -77,6 +86,11 @@ class StepLines:
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
 
+    def reopened(self, step: int) -> "StepLines":
+        """The file without the lines after `step`, of a run that goes on from there."""
+        self.close()
+        return StepLines(self.path, step)
+
     def close(self) -> None:
         self._file.close()
 
@@ -101,6 +115,9 @@ class MetricsFile:
 
     def log_table(self, step: int, name: str, columns: list[str], rows: list[list[Any]]) -> None:
         pass
+
+    def go_back(self, step: int) -> None:
+        self._lines = self._lines.reopened(step)
 
     def close(self, failed: bool = False) -> None:
         self._lines.close()
@@ -140,17 +157,20 @@ def _warn(text: str) -> None:
 class WandbTracker:
     """A run at Weights & Biases through the wandb library.
 
-    The run's id is kept in `run_dir`/wandb_run_id, so a resumed run is the same W&B run. Steps
-    that W&B already has are skipped: it accepts no step twice, and a run repeated from its
-    checkpoint repeats the numbers. Offline, each start of the run leaves one folder in
-    `run_dir`/wandb, all with the run's id: `wandb sync run_dir/wandb/offline-run-*` uploads them
-    in order.
+    A run folder is one W&B run, however often it is started: its id is kept in
+    `run_dir`/wandb_run_id. W&B accepts no step twice and none out of order, so each start goes on
+    behind the last step that W&B has: what a run repeats from its checkpoint is skipped (the
+    numbers are the same), and what W&B has lost or never had of the steps before comes from
+    metrics.jsonl, which must be open already. Offline, each start leaves one folder in
+    `run_dir`/wandb, all with the run's id: `wandb sync run_dir/wandb/offline-run-*` uploads them in
+    order. As long as such a folder is not uploaded, later starts record offline too, or their steps
+    would come first.
 
     No failure of W&B ends the run or interrupts it twice: online falls back to offline, and what
     fails after that is reported once, loudly, and W&B is left alone from then on. metrics.jsonl
     has every number anyway.
 
-    wandb starts a service process: use it on one rank. Sent besides metrics: the configuration
+    wandb starts two service processes: use it on one rank. Sent besides metrics: the configuration
     without secrets, host name, package versions, the machine's load. Not sent: code, git state,
     console output, command line.
 
@@ -173,17 +193,36 @@ class WandbTracker:
     ) -> None:
         self._run: Any = None
         self._warn = warn
+        run_dir = Path(run_dir)
         try:
+            earlier = _earlier_starts(run_dir)
+            if mode == "online" and any(_is_waiting(file) for file in earlier):
+                mode = "offline"
+                warn(
+                    f"{run_dir / 'wandb'} holds earlier steps of this run that are not uploaded, "
+                    "which W&B would refuse after later ones; recording offline. Upload them with: "
+                    f"wandb sync {run_dir}/wandb/offline-run-*, and the next start is online"
+                )
             self._run = self._init(
-                config, Path(run_dir), resolved_config, mode, init_timeout, finish_timeout
+                config, run_dir, resolved_config, mode, init_timeout, finish_timeout
             )
-            # wandb's own axis counts calls of log; ours is the optimizer step
-            self._run.define_metric("*", step_metric="step")
-            self._first_step = self._run.starting_step
+            _define_metrics(self._run)
+            offline = self._run.offline
+            recorded = max(earlier.values(), default=-1) + 1
+            self._next_step: int = recorded if offline else self._run.starting_step
+            self._make_up(run_dir / METRICS_FILE)
             where = f"recording offline; to upload: wandb sync {run_dir}/wandb/offline-run-*"
-            print(f"Weights & Biases: {where if self._run.offline else self._run.url}", flush=True)
+            print(f"Weights & Biases: {where if offline else self._run.url}", flush=True)
         except Exception as error:
             self._give_up("could not start", error)
+
+    def _make_up(self, metrics_file: Path) -> None:
+        """Log the steps of earlier starts that W&B does not have."""
+        if not metrics_file.is_file():
+            return
+        for record in read_metrics(metrics_file):
+            step, when = record.pop("step"), record.pop("time", None)
+            self.log(step, {**record, "_timestamp": when} if when else record)
 
     def _init(
         self,
@@ -235,21 +274,25 @@ class WandbTracker:
             return wandb.init(**{**arguments, "mode": "offline"})
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        if self._run is None or step < self._first_step:
-            return
-        try:
-            self._run.log({"step": step, **metrics}, step=step)
-        except Exception as error:
-            self._give_up("failed", error)
+        self._log(step, lambda: metrics)
 
     def log_table(self, step: int, name: str, columns: list[str], rows: list[list[Any]]) -> None:
-        if self._run is None or step < self._first_step:
-            return
-        try:
+        def table() -> dict[str, Any]:
             import wandb
 
-            table = wandb.Table(columns=[*columns], data=rows)
-            self._run.log({"step": step, name: table}, step=step)
+            return {name: wandb.Table(columns=[*columns], data=rows)}
+
+        self._log(step, table)
+
+    def go_back(self, step: int) -> None:
+        pass  # it accepts no step twice; see `_log`
+
+    def _log(self, step: int, values: Callable[[], Mapping[str, Any]]) -> None:
+        if self._run is None or step < self._next_step:
+            return
+        self._next_step = step  # more of the same step may follow, and a rollback may not
+        try:
+            self._run.log({"step": step, **values()}, step=step)
         except Exception as error:
             self._give_up("failed", error)
 
@@ -273,8 +316,76 @@ class WandbTracker:
         )
 
 
+def _earlier_starts(run_dir: Path) -> dict[Path, int]:
+    """The .wandb file of each earlier start -> the last step in it, -1 without any.
+
+    Folders of starts that were killed before wandb wrote anything are renamed, because `wandb sync`
+    would stop at them.
+    """
+    found = {}
+    for file in (run_dir / "wandb").glob("*run-*/*.wandb"):
+        step = wandb_file.last_step(file)
+        if step is None:
+            name = file.parent.name.replace("run-", "empty-")
+            file.parent.rename(file.parent.with_name(name))
+        else:
+            found[file] = step
+    return found
+
+
+def _is_waiting(file: Path) -> bool:
+    """Whether the .wandb file of an offline start is still to be uploaded."""
+    offline = file.parent.name.startswith("offline-run-")
+    return offline and not file.with_suffix(".wandb.synced").exists()
+
+
+def _define_metrics(run: Any) -> None:
+    """W&B's own axis counts calls of log; ours is the optimizer step. Some metrics are best
+    summarised by their best value, not their last."""
+    run.define_metric("step", hidden=True)
+    run.define_metric("*", step_metric="step")
+    for metric in METRICS:
+        if metric.best and not metric.is_pattern:
+            run.define_metric(metric.name, step_metric="step", summary=f"last,{metric.best}")
+
+
 def _one_line(error: Exception) -> str:
     return hide_secret_values(" ".join(f"{type(error).__name__}: {error}".split())[:300])
+
+
+class TensorboardTracker:
+    """Scalars for TensorBoard in `run_dir`/tensorboard, one event file for each start of the run.
+
+    A start tells TensorBoard to drop the steps it is about to repeat. Events are written by a
+    thread every 30 s: killing the process loses the last of them, and metrics.jsonl has them.
+    A value that is not finite is left out. Needs the package tensorboard.
+    """
+
+    def __init__(self, run_dir: str | Path, resumed_step: int | None = None) -> None:
+        self._folder = Path(run_dir) / TENSORBOARD_FOLDER
+        self._writer = _summary_writer(self._folder, resumed_step)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            if math.isfinite(value):
+                self._writer.add_scalar(name, value, step)
+
+    def log_table(self, step: int, name: str, columns: list[str], rows: list[list[Any]]) -> None:
+        pass
+
+    def go_back(self, step: int) -> None:
+        self.close()
+        self._writer = _summary_writer(self._folder, step)
+
+    def close(self, failed: bool = False) -> None:
+        self._writer.close()
+
+
+def _summary_writer(folder: Path, resumed_step: int | None) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
+    purge_step = 0 if resumed_step is None else resumed_step + 1
+    return SummaryWriter(str(folder), purge_step=purge_step, flush_secs=30)
 
 
 class _Trackers:
@@ -290,6 +401,10 @@ class _Trackers:
     def log_table(self, step: int, name: str, columns: list[str], rows: list[list[Any]]) -> None:
         for tracker in self._trackers:
             tracker.log_table(step, name, columns, rows)
+
+    def go_back(self, step: int) -> None:
+        for tracker in self._trackers:
+            tracker.go_back(step)
 
     def close(self, failed: bool = False) -> None:
         for tracker in self._trackers:
@@ -331,8 +446,10 @@ def make_tracker(
     rank: int,
     resolved_config: Mapping[str, Any],
     resumed_step: int | None = None,
+    tensorboard: TensorboardConfig | None = None,
 ) -> Tracker:
-    """Rank 0 writes metrics.jsonl and, unless disabled, W&B; the other ranks track nothing.
+    """Rank 0 writes metrics.jsonl and, as the settings say, W&B and TensorBoard; the other ranks
+    track nothing.
 
     Args:
         resumed_step: step of the checkpoint the run goes on from; None: from its start.
@@ -343,4 +460,6 @@ def make_tracker(
     mode = resolve_wandb_mode(config.mode)
     if mode != "disabled":
         trackers.append(WandbTracker(config, run_dir, resolved_config, mode))
+    if tensorboard is not None and tensorboard.enabled:
+        trackers.append(TensorboardTracker(run_dir, resumed_step))
     return _Trackers(trackers)

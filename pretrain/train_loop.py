@@ -4,26 +4,42 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch.distributed as dist
 
 from data.ledger import Ledger
 from data.loader import MicroBatchLoader, ValidationSet
 from data.open_data import Data
 from data.prefetch import PrefetchLoader
 from parallel.engine import MegatronEngine
+from parallel.progress_beacon import beacon
 from parallel.runtime import Runtime
+from pretrain.anomaly import (
+    Action,
+    AnomalyError,
+    first_sample,
+    samples_to_leave_out,
+    whole_steps,
+)
+from pretrain.anomaly_watch import AnomalyWatch
 from pretrain.checkpoint import Checkpoints
 from pretrain.config import PretrainConfig
 from pretrain.evaluate import evaluate
+from pretrain.events import Events
+from pretrain.instruments import Instruments
 from pretrain.learning_rate import learning_rate
 from pretrain.progress import Progress
 from pretrain.router_report import RouterReport
+from pretrain.run_status import RunStatus
 from pretrain.stop_signal import StopSignal
-from pretrain.throughput import ThroughputMeter, peak_memory_bytes
-from pretrain.tracker import Tracker
+from pretrain.throughput import ThroughputMeter, memory_metrics
+from pretrain.tracker import METRICS_FILE, Tracker, read_metrics
 from pretrain.train_state import TrainState
 from pretrain.train_step import StepMetrics, train_step
+from pretrain.walltime import WALLTIME, WallTime
 
-# Updates skipped in a row, because gradients were not finite, before the run gives up.
+# Updates skipped in a row, because of anomalies, before the run gives up.
 MOST_SKIPPED_UPDATES = 10
 
 
@@ -32,7 +48,8 @@ class Outcome:
     """How a run ended."""
 
     last_evaluation: dict[str, float] = field(default_factory=dict)
-    stopped_by: str | None = None  # name of the signal, on the ranks that received it
+    # before the last step: a signal's name or "walltime", the same on all ranks
+    stopped_by: str | None = None
 
 
 @dataclass
@@ -46,34 +63,73 @@ class TrainLoop:
     loader: MicroBatchLoader | PrefetchLoader
     validation: ValidationSet
     checkpoints: Checkpoints
+    anomalies: AnomalyWatch
     tracker: Tracker
     meter: ThroughputMeter
     progress: Progress
+    instruments: Instruments
     ledger: Ledger | None = None  # on the one rank that writes it
     router: RouterReport | None = None  # of a model with experts
-    skipped_updates: int = 0  # in a row
+    status: RunStatus = field(default_factory=RunStatus)  # silent but on rank 0
+    walltime: WallTime = field(default_factory=WallTime)  # with an end on rank 0 only
+    events: Events = field(default_factory=lambda: Events("", enabled=False))
 
     def run(self, state: TrainState, stop: StopSignal) -> Outcome:
-        """Train from `state` to the last step; on a signal finish the step, save, return."""
+        """Train from `state` to the last step; on a signal, or when the time is up, finish the
+        step, save, return."""
         last_step = self._last_step(state)
-        outcome = Outcome()
+        outcome = Outcome(stopped_by=self._stopped_by(stop))
+        if outcome.stopped_by:  # while starting: there is nothing new to save
+            return outcome
         self._record_start(state)
-        outcome.last_evaluation = self._evaluate(state)
+        outcome.last_evaluation = self._first_evaluation(state, last_step)
         stopping = False
         while state.step < last_step and not stopping:
+            self.status.running(state.step)
             metrics = self._step(state, stop)
             stopping = metrics.stop_requested
+            if metrics.verdict.action is Action.rollback:
+                self._roll_back(state)
+                last_step = self._last_step(state)
+                continue
             last = state.step == last_step
             self._report_routing(state, last or stopping)
+            self.checkpoints.check(state.step)
             if last or stopping or self.checkpoints.due(state.step):
-                path = self.checkpoints.save(self.engine, state)
-                self.progress.message(f"saved {path}")
+                self._save(state, ending=last or stopping)
             # a stopping run has a grace period to keep: it skips its evaluation
             if not stopping and (last or self._evaluation_due(state.step)):
                 outcome.last_evaluation = self._evaluate(state)
         if stopping and state.step < last_step:
-            outcome.stopped_by = stop.requested or "a signal on another rank"
+            outcome.stopped_by = self._stopped_by(stop) or WALLTIME
+            self.events.write("stop", state.step, f"stopped by {outcome.stopped_by}, saved")
+        self.instruments.finish()
         return outcome
+
+    def _stopped_by(self, stop: StopSignal) -> str | None:
+        """The signal that the first of the ranks that received one received. All ranks call it."""
+        names: list[str | None] = [None] * self.runtime.world_size
+        dist.all_gather_object(names, stop.requested)
+        return next((name for name in names if name), None)
+
+    def _save(self, state: TrainState, ending: bool) -> None:
+        """The last save of a run is there when this returns; others may be written meanwhile."""
+        self.status.saving(state.step)
+        save = self.checkpoints.save_last if ending else self.checkpoints.save
+        with (
+            self.instruments.pause("checkpoint") as duration,
+            beacon.stage("checkpoint", state.step),
+        ):
+            save(self.engine, state)
+        self.tracker.log(state.step, duration)
+
+    def _must_stop(self, state: TrainState, stop: StopSignal) -> bool:
+        """Whether this rank wants the next step to be the last one."""
+        due = state.step + 1
+        saving = self.checkpoints.due(due) or self.checkpoints.saving
+        evaluating = self._evaluation_due(due)
+        self.walltime.took("save", self.checkpoints.seconds)
+        return bool(stop.requested) or self.walltime.is_up(saving=saving, evaluating=evaluating)
 
     def _report_routing(self, state: TrainState, ending: bool) -> None:
         """What routers did since the last report; the table of experts and families more rarely."""
@@ -93,31 +149,48 @@ class TrainLoop:
             train_steps=train.train_steps,
         )
         sequences = train.global_batch_size
-        with self.meter.step(sequences * self.data.mixture.seq_length):
+        self._leave_out(state)
+        stop_requested = self._must_stop(state, stop)
+        tokens = sequences * self.data.mixture.seq_length
+        with (
+            self.instruments.step(state.step + 1),
+            self.meter.step(tokens),
+            self.walltime.measuring("step"),
+        ):
             self.engine.seed_random_numbers(train.seed, state.step)
+            with (
+                beacon.stage("data", state.step + 1),
+                self.meter.waiting_for_data(),
+                self.instruments.data(),
+            ):
+                micro_batches = list(self.loader.micro_batches(state.consumed_sequences))
             metrics = train_step(
                 self.engine,
-                list(self.loader.micro_batches(state.consumed_sequences)),
+                micro_batches,
                 self.runtime,
                 learning_rate=rate,
                 languages=self.data.languages,
-                stop_requested=stop.requested is not None,
+                stop_requested=stop_requested,
+                judge=self.anomalies.judge(state),
             )
         self._record_step(state, sequences, metrics)
         state.advance(sequences, metrics.losses.valid_tokens())
+        self.anomalies.after_step(state, sequences, metrics, rate)
         record = {
             "train/loss": metrics.losses.mean(),
             "train/learning_rate": rate,
             "train/grad_norm": metrics.grad_norm,
             "train/consumed_sequences": state.consumed_sequences,
             "train/consumed_tokens": state.consumed_tokens,
-            "memory/peak_bytes": peak_memory_bytes(self.runtime.device),
+            **memory_metrics(self.runtime.device),
             **self.meter.metrics(),
+            **self.anomalies.metrics(state, metrics.verdict),
         }
-        self._watch_updates(state.step, metrics)
         if state.step % train.log_interval == 0 or state.step == train.train_steps:
             self.tracker.log(state.step, record)
         self.progress.update(state.step, record)
+        self.instruments.after_step(state, metrics.losses)
+        self._watch_updates(state, metrics)
         return metrics
 
     def _last_step(self, state: TrainState) -> int:
@@ -125,7 +198,8 @@ class TrainLoop:
         planned, end = self.config.train.train_steps, self.data.mixture.end
         if end is None:
             return planned
-        batches = max(0, end - state.consumed_sequences) // self.config.train.global_batch_size
+        sequences, left_out = self.config.train.global_batch_size, state.anomaly.left_out_samples
+        batches = whole_steps(state.consumed_sequences, end, sequences, left_out)
         last = min(planned, state.step + batches)
         if last < planned:
             code = self.data.mixture.exhausted()[-1][1]
@@ -134,6 +208,40 @@ class TrainLoop:
                 f"data.mixture.when_exhausted={self.config.data.mixture.when_exhausted.value}"
             )
         return last
+
+    def _leave_out(self, state: TrainState) -> None:
+        """Go past samples that a rollback left out, if the next step would reach into them."""
+        sequences, left_out = self.config.train.global_batch_size, state.anomaly.left_out_samples
+        first = first_sample(state.consumed_sequences, sequences, left_out)
+        if first != state.consumed_sequences:
+            state.consumed_sequences = first
+            self._record_start(state)
+
+    def _roll_back(self, state: TrainState) -> None:
+        """Back to the newest checkpoint, to go on without the data of the step just taken."""
+        sequences, from_step = self.config.train.global_batch_size, state.step
+        saved = self.checkpoints.go_back(self.engine)
+        left_out = samples_to_leave_out(
+            state.consumed_sequences - sequences,
+            sequences,
+            steps=self.config.anomaly.rollback_steps,
+            saved_at=saved.consumed_sequences,
+        )
+        state.go_back(saved, list(left_out))
+        self._record_start(state)
+        if self.ledger is not None:
+            self.ledger.write(
+                "rollback",
+                step=state.step,
+                consumed_sequences=state.consumed_sequences,
+                from_step=from_step,
+                left_out=list(left_out),
+            )
+        self.tracker.go_back(state.step)
+        self.instruments.go_back(state)
+        if self.router is not None:
+            self.router.go_back(state.step)
+        self.anomalies.rolled_back(state, from_step, left_out)
 
     def _record_start(self, state: TrainState) -> None:
         if self.ledger is not None:
@@ -155,19 +263,24 @@ class TrainLoop:
         for sample, shares in self.data.mixture.changes(first, first + sequences):
             self.ledger.write("ratios", **at, from_sample=sample, shares=shares)
         if not metrics.applied:
-            why = "gradients are not finite"
+            why = metrics.verdict.why
             self.ledger.write("skip", **at, samples=[first, first + sequences], why=why)
 
-    def _watch_updates(self, step: int, metrics: StepMetrics) -> None:
-        if metrics.applied:
-            self.skipped_updates = 0
-            return
-        self.skipped_updates += 1
-        self.progress.message(f"step {step}: gradients are not finite, update skipped")
-        if self.skipped_updates >= MOST_SKIPPED_UPDATES:
+    def _watch_updates(self, state: TrainState, metrics: StepMetrics) -> None:
+        """Raises AnomalyError where the settings say so, RuntimeError where nothing helps."""
+        verdict, skipped = metrics.verdict, state.anomaly.skipped_in_a_row
+        numbers = f"loss {metrics.losses.mean():.6g}, gradient norm {metrics.grad_norm:.6g}"
+        if verdict.action is Action.stop:
+            raise AnomalyError(
+                f"step {state.step} was not taken: {verdict.why} ({numbers}). What is known of its "
+                f"documents is in {self.config.run_dir}/anomalies. To go on from the newest "
+                f"checkpoint, set {verdict.setting}=skip or rollback, or lower optimizer.lr="
+                f"{self.config.optimizer.lr}"
+            )
+        if skipped >= MOST_SKIPPED_UPDATES:
             raise RuntimeError(
-                f"{self.skipped_updates} updates in a row had gradients that are not finite, up to "
-                f"step {step} (loss {metrics.losses.mean()}); the weights are those before them. "
+                f"{skipped} updates in a row were skipped, up to step {state.step}: {verdict.why} "
+                f"({numbers}); the weights are those before them. "
                 f"Lower optimizer.lr={self.config.optimizer.lr} or raise schedule.lr_warmup_steps="
                 f"{self.config.schedule.lr_warmup_steps}, and start from an earlier checkpoint"
             )
@@ -176,11 +289,40 @@ class TrainLoop:
         interval = self.config.train.eval_interval
         return interval > 0 and step % interval == 0
 
+    def _first_evaluation(self, state: TrainState, last_step: int) -> dict[str, float]:
+        """The evaluation that belongs to the step the run starts at, unless it was made before the
+        run was interrupted; {} where none belongs to it."""
+        if state.step > 0 and state.step != last_step and not self._evaluation_due(state.step):
+            return {}
+        made: list[dict[str, float]] = [{}]
+        if self.runtime.rank == 0:
+            made[0] = recorded_evaluation(self.config.run_dir, state.step)
+        dist.broadcast_object_list(made, src=0)
+        return made[0] or self._evaluate(state)
+
     def _evaluate(self, state: TrainState) -> dict[str, float]:
+        # some routers draw in evaluation, too, and a run that is resumed here must draw the same
+        self.engine.seed_random_numbers(self.config.train.seed, state.step)
         router = self.router
-        with router.probing(self.validation) if router else nullcontext():
+        with (
+            self.walltime.measuring("evaluation"),
+            self.instruments.pause("evaluation") as duration,
+            beacon.stage("evaluation", state.step),
+            router.probing(self.validation) if router else nullcontext(),
+        ):
             result = evaluate(self.engine, self.validation, self.data, self.runtime)
+        self.checkpoints.record_evaluation(state.step, result["eval/loss"])
         if router is not None:
             result |= router.evaluation_metrics()
+        result |= {"train/consumed_tokens": state.consumed_tokens, **duration}
         self.tracker.log(state.step, result)
         return result
+
+
+def recorded_evaluation(run_dir: str | Path, step: int) -> dict[str, float]:
+    """The evaluation at `step` that stands in a run's metrics; {} if none does."""
+    path = Path(run_dir) / METRICS_FILE
+    if not path.is_file():
+        return {}
+    found = [r for r in read_metrics(path) if r["step"] == step and "eval/loss" in r]
+    return {k: v for k, v in found[-1].items() if k not in ("step", "time")} if found else {}

@@ -1,10 +1,13 @@
 """Where a run stands: everything besides weights and optimizer that a resume needs.
 
-The data order and the dropout masks are functions of the step, so counters are all there is.
+The data order and the dropout masks are functions of the step, so counters are all there is, and
+what later steps are compared with.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from pretrain.anomaly import AnomalyState
 
 
 @dataclass
@@ -12,11 +15,24 @@ class TrainState:
     step: int = 0  # optimizer steps taken
     consumed_sequences: int = 0
     consumed_tokens: int = 0  # valid tokens
+    wandb_run_id: str | None = None  # so that a resumed run is the same one there, too
+    anomaly: AnomalyState = field(default_factory=AnomalyState)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.anomaly, dict):  # as `to_dict` gave it
+            self.anomaly = AnomalyState(**self.anomaly)
 
     def advance(self, sequences: int, tokens: int) -> None:
         self.step += 1
         self.consumed_sequences += sequences
         self.consumed_tokens += tokens
+
+    def go_back(self, saved: "TrainState", left_out: list[int]) -> None:
+        """To what a checkpoint of this run holds; samples [first, end) `left_out` come no more."""
+        self.step = saved.step
+        self.consumed_sequences = saved.consumed_sequences
+        self.consumed_tokens = saved.consumed_tokens
+        self.anomaly = self.anomaly.rolled_back(saved.anomaly, left_out)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

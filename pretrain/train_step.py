@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypedDict
 
@@ -15,8 +16,13 @@ from data.batch import Batch
 from models.language_model import LossOutput
 from parallel.context_parallel import context_parallel_group, shard_sequence
 from parallel.engine import Engine
+from parallel.progress_beacon import beacon
 from parallel.runtime import Runtime
+from pretrain.anomaly import Action, Verdict
 from pretrain.loss import LanguageLosses
+
+# (mean loss, global gradient norm) -> what to do with the update
+Judge = Callable[[float, float], Verdict]
 
 
 @dataclass(frozen=True)
@@ -25,14 +31,19 @@ class StepMetrics:
 
     losses: LanguageLosses
     grad_norm: float
-    applied: bool  # False: gradients were not finite, the update was skipped
+    applied: bool  # False: the update was skipped
     stop_requested: bool  # by any rank
+    verdict: Verdict = field(default_factory=Verdict)
+    # not the same: on the last pipeline stage those of this rank's micro-batches, [b, s/cp] each,
+    # masked tokens included; empty elsewhere
+    token_losses: list[Tensor] = field(default_factory=list)
 
 
 def forward_step(
     micro_batches: Iterator[Batch], model: torch.nn.Module, *, device: torch.device
 ) -> tuple[Any, Any]:
     """megatron-core's forward-step protocol: model output, and the loss as a function of it."""
+    beacon.tick()
     batch = to_device(next(micro_batches), device)
     batch = context_parallel_part(batch, context_parallel_group(model))
     output = model(
@@ -102,17 +113,36 @@ def train_step(
     learning_rate: float,
     languages: Sequence[str],
     stop_requested: bool,
+    judge: Judge | None = None,
 ) -> StepMetrics:
     """Forward and backward over this rank's micro-batches, reduction, one update.
 
     All ranks must call it. `stop_requested` is this rank's own wish; the answer is everybody's.
+    `judge` decides about the update from numbers that are the same on every rank; without it a
+    gradient norm that is not finite is all that prevents one.
     """
-    metrics = engine.forward_backward(
-        micro_batches, partial(forward_step, device=runtime.device), **_shape(micro_batches)
-    )
-    result = engine.step(learning_rate)
-    losses, stop = reduce_losses(metrics, runtime, languages, stop_requested)
-    return StepMetrics(losses, result.grad_norm, result.applied, stop)
+    with beacon.stage("forward_backward"):
+        metrics = engine.forward_backward(
+            micro_batches, partial(forward_step, device=runtime.device), **_shape(micro_batches)
+        )
+    seen: list[StepMetrics] = []
+
+    def accept(grad_norm: float) -> bool:
+        # The norm of rank 0 for all, and not finite if it is so anywhere: ranks whose gradients
+        # differ, as after a fault of the hardware, must still do the same.
+        finite = math.isfinite(grad_norm)
+        numbers = [stop_requested, not finite, grad_norm if runtime.rank == 0 else 0.0]
+        losses, (stop, broken, grad_norm) = _sum_over_world(metrics, runtime, languages, numbers)
+        if broken and math.isfinite(grad_norm):
+            grad_norm = math.nan
+        verdict = Verdict() if judge is None else judge(losses.mean(), grad_norm)
+        seen.append(StepMetrics(losses, grad_norm, False, stop > 0, verdict))
+        return verdict.action is Action.apply and math.isfinite(grad_norm)
+
+    with beacon.stage("optimizer"):
+        result = engine.step(learning_rate, accept)
+    token_losses = [entry["loss"] for entry in metrics]
+    return replace(seen[0], applied=result.applied, token_losses=token_losses)
 
 
 def forward_losses(
@@ -137,16 +167,29 @@ def reduce_losses(
     Context-parallel ranks each hold other tokens. The flag (true on every rank if on any) rides
     along.
     """
+    losses, (any_flag,) = _sum_over_world(metrics, runtime, languages, [flag])
+    return losses, any_flag > 0
+
+
+def _sum_over_world(
+    metrics: list[dict[str, Any]],
+    runtime: Runtime,
+    languages: Sequence[str],
+    numbers: Sequence[float],
+) -> tuple[LanguageLosses, list[float]]:
+    """`reduce_losses`, with any numbers added up over all ranks: the host waits for the device
+    once."""
     losses = LanguageLosses(languages, device=runtime.device)
     if runtime.is_last_pipeline_stage and runtime.tensor_parallel_rank == 0:
         for entry in metrics:
             batch: Batch = entry["batch"]
             losses.add(entry["loss"], batch.loss_mask, batch.language_ids)
-    packed = torch.cat([losses.totals.flatten(), losses.totals.new_tensor([float(flag)])])
+    more = losses.totals.new_tensor([float(number) for number in numbers])
+    packed = torch.cat([losses.totals.flatten(), more])
     dist.all_reduce(packed)
     packed = packed.cpu()
-    losses.totals = packed[:-1].view(-1, 2)
-    return losses, bool(packed[-1] > 0)
+    losses.totals = packed[: -len(numbers)].view(-1, 2)
+    return losses, packed[-len(numbers) :].tolist()
 
 
 class _Shape(TypedDict):

@@ -35,13 +35,15 @@ LIGHT = [
     "launch.verify",
     "launch.schema",
     "launch.pretrain",
+    "launch.slurm",
+    "launch.status",
     "data.corpora.__main__",
 ]
 # the commands of the data room, which need numpy and nothing that takes seconds to import
 WITHOUT_TORCH = [
     f"data.{name}"
     for name in ("inspect", "plan", "replay", "tokenize", "tokenizer_report", "train_tokenizer")
-] + ["data.verify", "launch.plan"]
+] + ["data.verify", "launch.plan", "launch.checkpoint", "launch.report"]
 HEAVY = ("torch", "megatron", "numpy", "wandb", "tokenizers", "matplotlib")
 FILES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
 
@@ -130,7 +132,7 @@ def test_experiments_compose(name: str) -> None:
 
 def test_no_group_of_files_is_left_out() -> None:
     groups = {path.name for path in CONF.iterdir() if path.is_dir() and path.name[0].isalpha()}
-    assert groups == {"model", "parallel", "data", "optimizer", "experiment"}
+    assert groups == {"model", "parallel", "data", "optimizer", "experiment", "cluster"}
 
 
 def test_every_test_folder_is_a_package() -> None:

@@ -107,20 +107,6 @@ def test_a_lock_taken_over_is_noticed_and_left_alone(tmp_path: Path) -> None:
     assert (tmp_path / "lock").exists()
 
 
-def test_taking_away_a_lock_that_was_renewed_gives_it_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Another one finds the same dead holder, and is quicker by a moment."""
-    write_lock(tmp_path, token="dead")
-    real = folder_lock._read
-    answers = iter([{"token": "dead"}])  # read before the other took the lock
-    write_lock(tmp_path, token="quicker")
-    monkeypatch.setattr(folder_lock, "_read", lambda path: next(answers, None) or real(path))
-    folder_lock._remove_stale(tmp_path / "lock")
-    assert json.loads((tmp_path / "lock").read_text())["token"] == "quicker"
-    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
-
-
 def test_heartbeat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(folder_lock, "HEARTBEAT_SECONDS", 0.02)
     with FolderLock(tmp_path):

@@ -42,6 +42,15 @@ def test_a_line_cut_off_by_a_crash_is_ignored(tmp_path: Path) -> None:
     assert len(read_ledger(tmp_path)) == 2
 
 
+def test_what_follows_a_line_cut_off_is_a_line_of_its_own(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    start(ledger, 0, 0, 8)
+    with open(tmp_path / LEDGER_NAME, "a") as file:
+        file.write('{"event": "ski')
+    start(ledger, 10, 80, 4)
+    assert [entry["step"] for entry in read_ledger(tmp_path)] == [0, 10]
+
+
 def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="written by a run"):
         read_ledger(tmp_path)

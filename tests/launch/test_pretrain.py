@@ -121,6 +121,15 @@ def test_only_what_we_raise_ourselves_is_said_without_a_traceback() -> None:
     assert not raised_by_us(caught(lambda: get_class("nowhere")))
 
 
+def test_folders_of_a_sweep() -> None:
+    from launch.pretrain import LONGEST_FOLDER, folder_of_job
+
+    assert folder_of_job("optimizer.lr=1e-3,train.seed=2") == "optimizer.lr_1e-3_train.seed_2"
+    long, other = ("data.languages=[de,hi]," * 20 + f"train.seed={seed}" for seed in (1, 2))
+    assert len(folder_of_job(long)) == LONGEST_FOLDER
+    assert folder_of_job(long) != folder_of_job(other)
+
+
 def test_every_problem_has_a_line(tmp_path: Path) -> None:
     ended = start("+model=magneto_tiny", "optimizer.lr=0", "data.seed=-1", folder=tmp_path)
     assert ended.returncode == 2

@@ -55,7 +55,7 @@ CONFUSED = {
     (TINY, "+parallel.tensor_parallel_size=2"): "there is no setting parallel.tensor_parallel_size",
     (TINY, "model.hiden_size=64"): "did you mean model.hidden_size?",
     ("train.step=5",): "train.step=5: there is no setting train.step; did you mean "
-    "train.train_steps?",
+    "train.train_steps or profile.steps?",
     ("lr=1e-3",): "did you mean optimizer.lr?",
     ("seq_length=128",): "did you mean data.seq_length?",
     ("parralel.sequence_paralel=true",): "did you mean parallel.sequence_parallel?",

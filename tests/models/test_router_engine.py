@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,7 @@ def resume_on_rank(dtype: torch.dtype, distributed: bool, folder: Path) -> tuple
     return weights(engine), weights(resumed)
 
 
-@pytest.mark.parametrize(("dtype", "distributed"), [(FP32, False), (FP32, True), (BF16, True)])
+@pytest.mark.parametrize(("dtype", "distributed"), list(product((FP32, BF16), (False, True))))
 def test_a_resumed_run_is_bit_equal(dtype: torch.dtype, distributed: bool, tmp_path: Path) -> None:
     for whole, resumed in run_on_gloo(2, resume_on_rank, dtype, distributed, tmp_path / "saved"):
         for name, value in whole.items():

@@ -11,7 +11,7 @@ from models.build import build_model
 from models.config import ModelConfig
 from models.moe_config import MoEConfig
 from parallel import adam
-from parallel.config import ConfigError, OptimizerConfig, ParallelConfig, Precision
+from parallel.config import OptimizerConfig, ParallelConfig, Precision
 from parallel.engine import MegatronEngine
 from parallel.precision import parameter_dtype
 from parallel.runtime import initialize, shutdown
@@ -127,20 +127,6 @@ def test_weight_decay_skips_biases_and_norms(model: ModelConfig) -> None:
     for name, decay in run_on_gloo(1, weight_decay_of, model)[0].items():
         spared = name.endswith(("bias", *also)) or "norm" in name
         assert decay == (0.0 if spared else 0.3), name
-
-
-def refused_types() -> str:
-    parallel = ParallelConfig(precision=Precision.bf16, use_distributed_optimizer=False)
-    runtime = initialize(parallel, 1)
-    chunks = build_model(SPARSE, parallel, runtime, vocab_size=VOCAB, seed=7)
-    with pytest.raises(ConfigError) as caught:
-        MegatronEngine(chunks, parallel, OptimizerConfig(), runtime)
-    return str(caught.value)
-
-
-def test_routers_in_bf16_need_the_distributed_optimizer() -> None:
-    text = run_on_gloo(1, refused_types)[0]
-    assert "use parallel.use_distributed_optimizer=true, or parallel.precision=fp32" in text
 
 
 def step_with_a_nan() -> tuple[bool, bool]:

@@ -345,4 +345,4 @@ def test_a_collective_with_a_wrong_answer_is_noticed() -> None:
     [([3], "rank 3"), ([1, 2, 3, 7], "ranks 1-3, 7"), ([0, 2], "ranks 0, 2")],
 )
 def test_ranks_are_written_as_ranges(ranks: list[int], text: str) -> None:
-    assert runtime_module._ranks(ranks) == text
+    assert runtime_module.describe_ranks(ranks) == text

@@ -133,7 +133,7 @@ def train_on(folder: Path, parallel: ParallelConfig, last_step: int, save: bool)
         state.advance(8, metrics.losses.valid_tokens())
         out += [metrics.losses.mean(), metrics.grad_norm]
     if save:
-        checkpoints.save(machine, state)
+        checkpoints.save_last(machine, state)
     shutdown(runtime)
     return out
 
@@ -195,7 +195,7 @@ def weights_after(folder: Path, model: ModelConfig, parallel: ParallelConfig, lo
         stop_requested=False,
     )
     state.advance(8, 1)
-    checkpoints.save(machine, state)
+    checkpoints.save_last(machine, state)
     after = {name: parameter.detach().clone() for name, parameter in named}
     shutdown(runtime)
     return before, after

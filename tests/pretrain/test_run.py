@@ -1,21 +1,33 @@
-"""Whole runs, as a user starts them: torchrun, the shipped text, checkpoints, signals."""
+"""Whole runs, as a user starts them: the launcher, the shipped text, checkpoints, signals.
+
+All but one on forked processes (`forked_run`), which have torch imported: four of torchrun's take
+20 CPU seconds only for that.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
+from pretrain.events import read_events
+from pretrain.run_status import read_status
 from pretrain.tracker import read_metrics
+from tests.pretrain.forked_run import ForkedRun, launcher
 
 ROOT = Path(__file__).resolve().parents[2]
+Start = Callable[..., ForkedRun]
 TINY = [
     "+experiment=tiny_cpu",
     "model.num_layers=4",
@@ -34,28 +46,25 @@ TINY = [
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    cache = tmp_path_factory.mktemp("cache")
-    clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    return {**clean, "XDG_CACHE_HOME": str(cache), "OMP_NUM_THREADS": "1"}
+    return {"XDG_CACHE_HOME": str(tmp_path_factory.mktemp("cache")), "OMP_NUM_THREADS": "1"}
 
 
-def command(processes: int, *settings: str) -> list[str]:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    start = [*torchrun, f"--nproc-per-node={processes}"] if processes > 1 else [sys.executable]
-    return [*start, "launch/pretrain.py", *TINY, *settings]
+@pytest.fixture
+def start(environment: dict[str, str], tmp_path: Path) -> Iterator[Start]:
+    """Starts runs whose processes do not outlive the test."""
+    with ExitStack() as runs:
+
+        def start(processes: int, *settings: str, run_dir: Path = tmp_path / "run") -> ForkedRun:
+            words = [*TINY, *settings, f"run_dir={run_dir}"]
+            folder = Path(tempfile.mkdtemp(dir=tmp_path, prefix="log"))
+            return runs.enter_context(ForkedRun(processes, launcher(*words), environment, folder))
+
+        yield start
 
 
-def run(environment: dict[str, str], processes: int, *settings: str) -> str:
-    done = subprocess.run(
-        command(processes, *settings),
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
-    return done.stdout
+def finish(run: ForkedRun) -> str:
+    assert set(run.wait()) == {0}, run.output()
+    return run.output()
 
 
 def losses(run_dir: Path) -> dict[int, float]:
@@ -66,21 +75,16 @@ def losses(run_dir: Path) -> dict[int, float]:
     return {record["step"]: record["train/loss"] for record in records if "train/loss" in record}
 
 
-FOUR = ("parallel=tp2_pp2",)
+FOUR = ("parallel=tp2_pp2", "model.hidden_dropout=0.1")
 
 
 @pytest.fixture(scope="module")
 def whole(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Eight steps on 2 x 2 ranks without interruption."""
     run_dir = tmp_path_factory.mktemp("whole")
-    run(
-        environment,
-        4,
-        *FOUR,
-        f"run_dir={run_dir}",
-        "train.train_steps=8",
-        "model.hidden_dropout=0.1",
-    )
+    words = [*TINY, *FOUR, f"run_dir={run_dir}", "train.train_steps=8"]
+    with ForkedRun(4, launcher(*words), environment, tmp_path_factory.mktemp("log")) as run:
+        finish(run)
     return run_dir
 
 
@@ -102,56 +106,34 @@ def test_run_writes_what_it_promises(whole: Path) -> None:
     assert last["memory/peak_bytes"] > 1e8
 
 
-def test_resumed_run_is_bit_equal(environment: dict[str, str], whole: Path, tmp_path: Path) -> None:
-    """With dropout: its masks are functions of the step."""
-    settings = (*FOUR, f"run_dir={tmp_path}", "model.hidden_dropout=0.1")
-    run(environment, 4, *settings, "train.train_steps=3")
-    run(environment, 4, *settings, "train.train_steps=8", "checkpoint.resume=required")
-    assert losses(tmp_path) == losses(whole)
-    assert len(list(tmp_path.glob("run*.json"))) == 2
-
-
-def test_kill_during_a_save_never_looks_complete(
-    environment: dict[str, str], whole: Path, tmp_path: Path
-) -> None:
-    """SIGKILL while checkpoints are being written; the next start goes on, same losses."""
-    settings = (*FOUR, f"run_dir={tmp_path}", "model.hidden_dropout=0.1", "train.train_steps=8")
-    process = subprocess.Popen(
-        command(4, *settings, "checkpoint.save_interval=1"),
-        cwd=ROOT,
-        env=environment,
-        start_new_session=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    checkpoints = tmp_path / "checkpoints"
+def test_kill_during_a_save_never_looks_complete(start: Start, whole: Path, tmp_path: Path) -> None:
+    """SIGKILL while checkpoints are being written; the next start goes on, same losses, also with
+    dropout: its masks are functions of the step."""
+    settings = (*FOUR, "train.train_steps=8")
+    run = start(4, *settings, "checkpoint.save_interval=1")
+    checkpoints = tmp_path / "run" / "checkpoints"
     deadline = time.monotonic() + 120
     while not list(checkpoints.glob("step_00000003.partial")):
-        assert time.monotonic() < deadline and process.poll() is None
+        assert time.monotonic() < deadline and not run.poll(), run.output()
         time.sleep(0.002)
-    kill_tree(process)
-    assert not left_behind(tmp_path), "a helper process outlived its killed rank"
+    sessions = list(run.pids)
+    run.kill()
+    assert not left_behind(sessions), "a helper process outlived its killed rank"
     left = sorted(path.name for path in checkpoints.iterdir())
     assert "step_00000003.partial" in left or "step_00000003" in left
-    run(environment, 4, *settings)
-    assert losses(tmp_path) == losses(whole)
+    finish(start(4, *settings, "checkpoint.resume=required"))
+    assert losses(tmp_path / "run") == losses(whole)
+    assert len(list((tmp_path / "run").glob("run*.json"))) == 2
+    (resumed,) = [e["step"] for e in read_events(tmp_path / "run") if e["kind"] == "resume"]
+    assert 2 <= resumed <= 4
 
 
-def kill_tree(process: subprocess.Popen) -> None:
-    """torchrun's workers have sessions of their own: kill parent and children, at once."""
-    children = subprocess.run(
-        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
-    ).stdout.split()
-    for pid in [process.pid, *map(int, children)]:
-        os.kill(pid, signal.SIGKILL)
-    process.wait()
-
-
-def left_behind(run_dir: Path) -> list[str]:
-    """Processes of the run that are still there a moment after the kill."""
+def left_behind(sessions: list[int]) -> list[str]:
+    """Processes of the ranks' sessions that are still there a moment after the kill."""
     deadline = time.monotonic() + 5
+    names = ",".join(map(str, sessions))
     while found := subprocess.run(
-        ["pgrep", "-f", f"run_dir={run_dir}"], capture_output=True, text=True
+        ["pgrep", "--session", names], capture_output=True, text=True
     ).stdout.split():
         if time.monotonic() > deadline:
             break
@@ -159,51 +141,122 @@ def left_behind(run_dir: Path) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_saves_and_the_next_start_goes_on(
-    environment: dict[str, str], whole: Path, tmp_path: Path, number: signal.Signals
+def wait_for_step(run_dir: Path, step: int, running: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    metrics = run_dir / "metrics.jsonl"
+    while not (metrics.is_file() and f'"step": {step},' in metrics.read_text()):
+        assert time.monotonic() < deadline and running()
+        time.sleep(0.01)
+
+
+def assert_stopped_cleanly(run_dir: Path, whole: Path, reason: str) -> None:
+    """The step is finished and saved, its number is known, and the numbers are the usual ones."""
+    saved = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+    assert all(re.fullmatch(r"step_\d{8}", name) for name in saved)
+    last_step = max(losses(run_dir))
+    assert saved[-1] == f"step_{last_step:08d}"
+    ours, reference = losses(run_dir), losses(whole)
+    assert all(ours[step] == reference[step] for step in ours if step in reference)
+    status = read_status(run_dir)
+    assert status is not None
+    assert (status["state"], status["step"], status["reason"]) == ("stopped", last_step, reason)
+    assert [(e["kind"], e["step"]) for e in read_events(run_dir)] == [("stop", last_step)]
+    assert not (run_dir / "lock").exists()
+
+
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGINT]
+)
+def test_signal_saves_and_says_that_it_is_to_be_started_again(
+    start: Start, whole: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
-    settings = (*FOUR, f"run_dir={tmp_path}", "model.hidden_dropout=0.1")
-    process = subprocess.Popen(
-        command(4, *settings, "train.train_steps=100000", "checkpoint.save_interval=1"),
+    run = start(4, *FOUR, "train.train_steps=100000")
+    wait_for_step(tmp_path / "run", 2, lambda: not run.poll())
+    run.signal(number, ranks=[3])  # one is enough
+    assert run.wait() == [os.EX_TEMPFAIL] * 4, run.output()
+    assert f"stopped by {number.name}" in run.output()
+    assert_stopped_cleanly(tmp_path / "run", whole, number.name)
+
+
+def test_torchrun_that_ignores_usr1_is_stopped_by_slurm_s_way(
+    environment: dict[str, str], whole: Path, tmp_path: Path
+) -> None:
+    """A batch script signals the job step; the ranks save, and torchrun takes it for success."""
+    torchrun = f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node=2"
+    words = [*TINY, "parallel=tp2", f"run_dir={tmp_path / 'run'}", "train.train_steps=100000"]
+    run = subprocess.Popen(
+        ["bash", "-c", f"trap '' USR1 && exec {torchrun} launch/pretrain.py {shlex.join(words)}"],
         cwd=ROOT,
-        env=environment,
+        env={**os.environ, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
-    deadline = time.monotonic() + 120
-    metrics = tmp_path / "metrics.jsonl"
-    while not (metrics.is_file() and '"step": 2,' in metrics.read_text()):
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(number)
-    output, _ = process.communicate(timeout=60)
-    assert f"stopped by {number.name}" in output
-    saved = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
-    assert all(re.fullmatch(r"step_\d{8}", name) for name in saved)
-    assert saved[-1] == f"step_{max(losses(tmp_path)):08d}"
-    ours, reference = losses(tmp_path), losses(whole)
-    assert all(ours[step] == reference[step] for step in ours if step in reference)
+    try:
+        wait_for_step(tmp_path / "run", 2, lambda: run.poll() is None)
+        ranks = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True)
+        for pid in [run.pid, *map(int, ranks.stdout.split())]:
+            os.kill(pid, signal.SIGUSR1)
+        output, _ = run.communicate(timeout=100)
+    finally:
+        run.kill()
+    assert run.returncode == 0, output
+    assert "stopped by SIGUSR1" in output
+    assert_stopped_cleanly(tmp_path / "run", tmp_path / "run", "SIGUSR1")
 
 
-def test_sampling_does_not_know_the_layout(environment: dict[str, str], whole: Path) -> None:
+def test_the_time_is_up(start: Start, tmp_path: Path) -> None:
+    """A walltime of a minute from the process's start, which is nearly all grace time."""
+    run = start(
+        1,
+        "train.train_steps=100000",
+        "fault_tolerance.walltime=00:01:00",
+        "fault_tolerance.grace_seconds=59",
+        "train.eval_sequences=1",
+    )
+    assert run.wait() == [os.EX_TEMPFAIL], run.output()
+    assert "stopped by walltime" in run.output()
+    assert_stopped_cleanly(tmp_path / "run", tmp_path / "run", "walltime")
+
+
+def test_a_second_run_in_the_folder_is_refused_before_it_trains(
+    start: Start, tmp_path: Path
+) -> None:
+    first = start(1, "train.train_steps=100000")
+    wait_for_step(tmp_path / "run", 1, lambda: not first.poll())
+    second = start(2, "parallel=tp2", "train.train_steps=100000")
+    assert second.wait() == [2, 2], second.output()
+    said = f"error on rank 0: run_dir={tmp_path}/run is being written by process {first.pids[0]} on"
+    assert said in second.output() and "Traceback" not in second.output()
+    assert not first.poll()
+    first.kill()  # as a node's end would: the lock stays, and its holder is dead
+    assert (tmp_path / "run" / "lock").exists()
+    third = finish(start(1, "train.train_steps=3"))
+    assert "step 3/3" in third
+
+
+def test_sampling_does_not_know_the_layout(
+    environment: dict[str, str], whole: Path, tmp_path: Path
+) -> None:
     ask = [str(whole), "Die Seite", "--max-new-tokens", "6", "--seed", "5"]
-    alone = subprocess.run(
-        [sys.executable, "-m", "launch.generate", *ask],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    sharded = subprocess.run(
-        [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4",
-            "launch/generate.py", *ask,
-            "--tensor-model-parallel-size=2", "--pipeline-model-parallel-size=2",
-        ],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert alone.returncode == 0, alone.stderr
-    assert alone.stdout.startswith("Die Seite") and len(alone.stdout) > len("Die Seite\n")
-    assert sharded.stdout == alone.stdout, sharded.stderr[-3000:]
+    four = ["--tensor-model-parallel-size=2", "--pipeline-model-parallel-size=2"]
+
+    def generate(*words: str) -> Callable[[], None]:
+        def body() -> None:
+            from launch.generate import main
+
+            sys.argv = ["launch/generate.py", *ask, *words]
+            main()
+
+        return body
+
+    with ForkedRun(1, generate(), environment, tmp_path / "alone") as alone:
+        finish(alone)
+    with ForkedRun(4, generate(*four), environment, tmp_path / "sharded") as sharded:
+        finish(sharded)
+    text = alone.log(0).read_text()
+    assert text.startswith("Die Seite") and len(text) > len("Die Seite\n")
+    assert sharded.log(0).read_text() == text
 
 
 REFUSED = {
@@ -218,46 +271,37 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_bad_input_is_one_clear_error(environment: dict[str, str], whole: Path, case: str) -> None:
-    """On two ranks: no hang, no traceback, exit code not 0, and the run folder untouched."""
+def test_bad_input_is_one_clear_error(start: Start, whole: Path, case: str) -> None:
+    """On two ranks: no hang, no traceback, exit code 2, and the run folder untouched."""
     settings, expected = REFUSED[case]
     before = sorted((p, p.stat().st_mtime_ns) for p in whole.rglob("*"))
-    done = subprocess.run(
-        command(2, "parallel=tp2", f"run_dir={whole}", *settings),
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode != 0
-    assert expected in done.stderr, done.stderr[-3000:]
-    ours = done.stderr.split("torch/distributed/elastic")[0]
-    assert "Traceback" not in ours, done.stderr[-5000:]
+    run = start(2, "parallel=tp2", *settings, run_dir=whole)
+    assert run.wait() == [2, 2], run.output()
+    assert expected in run.log(0).read_text()
+    assert "Traceback" not in run.output()
     assert before == sorted((p, p.stat().st_mtime_ns) for p in whole.rglob("*"))
 
 
-def test_ratios_change_on_the_way_and_the_data_may_end(
-    environment: dict[str, str], tmp_path: Path
-) -> None:
+def test_ratios_change_on_the_way_and_the_data_may_end(start: Start, tmp_path: Path) -> None:
     """A stage from sample 8 on; then a language is used up, which ends the run before its steps."""
-    said = run(
-        environment,
-        1,
-        f"run_dir={tmp_path}",
-        "train.train_steps=50",
-        "data.mixture.stages=[{from_tokens: 256, weighting: uniform}]",
-        "data.mixture.max_epochs=0.05",
-        "data.mixture.when_exhausted=stop",
+    said = finish(
+        start(
+            1,
+            "train.train_steps=50",
+            "data.mixture.stages=[{from_tokens: 256, weighting: uniform}]",
+            "data.mixture.max_epochs=0.05",
+            "data.mixture.when_exhausted=stop",
+        )
     )
+    run_dir = tmp_path / "run"
     (last,) = re.findall(r"the data ends after step (\d+) of 50: \w+ reaches its epoch cap", said)
-    assert list(losses(tmp_path)) == list(range(1, int(last) + 1)) and 4 < int(last) < 20
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [f"step_{last:>08}"]
-    written = (tmp_path / "data_ledger.jsonl").read_text().splitlines()
+    assert list(losses(run_dir)) == list(range(1, int(last) + 1)) and 4 < int(last) < 20
+    assert [path.name for path in (run_dir / "checkpoints").iterdir()] == [f"step_{last:>08}"]
+    written = (run_dir / "data_ledger.jsonl").read_text().splitlines()
     start, change = [json.loads(line) for line in written]
     assert (start["event"], start["global_batch_size"]) == ("start", 4)
     assert (change["event"], change["step"], change["from_sample"]) == ("ratios", 3, 8)
     assert change["shares"] == pytest.approx(dict.fromkeys(["de", "hi", "zh"], 1 / 3))
-    replay = [sys.executable, "-m", "data.replay", str(tmp_path), "--step", last]
-    shown = subprocess.run(replay, cwd=ROOT, env=environment, capture_output=True, text=True)
+    replay = [sys.executable, "-m", "data.replay", str(run_dir), "--step", last]
+    shown = subprocess.run(replay, cwd=ROOT, capture_output=True, text=True)
     assert shown.stdout.startswith(f"step {last} of ") and "chromium/" in shown.stdout

@@ -108,6 +108,7 @@ def test_meter_counts_steps_and_nothing_between_them():
     assert set(metrics) == {
         "throughput/tokens_per_second",
         "throughput/step_seconds",
+        "throughput/data_wait_seconds",
         "throughput/model_flops_utilisation",
     }
     assert 0.02 <= metrics["throughput/step_seconds"] < 0.1

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from pretrain.config import WandbConfig, WandbMode
+from parallel.config import ConfigError
+from pretrain.config import PretrainConfig, TensorboardConfig, WandbConfig, WandbMode, validate
 from pretrain.tracker import (
     MetricsFile,
     NullTracker,
@@ -19,6 +20,8 @@ from pretrain.tracker import (
     read_metrics,
     resolve_wandb_mode,
 )
+from tests.parity import MODEL
+from tests.pretrain.wandb_server import HANG, wandb_server
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -150,6 +153,7 @@ def run_wandb(
     mode: str = "offline",
     timeout: float | None = None,
     each_step: str = "pass",
+    server: str = "http://127.0.0.1:9",  # where nobody listens
     arguments: tuple[str, ...] = (),
 ) -> subprocess.CompletedProcess[str]:
     code = textwrap.dedent(RUN).format(
@@ -164,7 +168,7 @@ def run_wandb(
     )
     script = run_dir.parent / "a_run.py"
     script.write_text(code)  # a file: of `python -c`, W&B would record no command line
-    environment = {**os.environ, "WANDB_API_KEY": KEY, "WANDB_BASE_URL": "http://127.0.0.1:9"}
+    environment = {**os.environ, "WANDB_API_KEY": KEY, "WANDB_BASE_URL": server}
     return subprocess.run(
         [sys.executable, str(script), *arguments],
         capture_output=True,
@@ -215,8 +219,10 @@ def test_offline_run_reads_back_and_resumes_as_the_same_run(tmp_path: Path):
         "data": {"tokenizer": "t.json"},
         "note": "the key is <hidden>",
     }
-    (axis,) = of_type("metric", found)
-    assert (axis["glob_name"], axis["step_metric"]) == ("*", "step")
+    axes = {axis.get("glob_name") or axis["name"]: axis for axis in of_type("metric", found)}
+    assert axes["*"]["step_metric"] == "step" == axes["eval/loss"]["step_metric"]
+    assert axes["step"]["options"]["hidden"]
+    assert axes["eval/loss"]["summary"].keys() >= {"last", "min"}
     rows = [row["item"] for row in of_type("history", found)]
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
     assert [row["_step"] for row in rows] == [0, 1, 2, 3, 4]
@@ -230,7 +236,8 @@ def test_offline_run_reads_back_and_resumes_as_the_same_run(tmp_path: Path):
     (second,) = set(folders) - {folder}
     resumed = records(second)
     assert of_type("run", resumed)[0]["run_id"] == run_id
-    assert [row["item"]["step"] for row in of_type("history", resumed)] == [3, 4, 5, 6]
+    # it took 3 and 4 again, which W&B has
+    assert [row["item"]["step"] for row in of_type("history", resumed)] == [5, 6]
     assert steps(run_dir) == [0, 1, 2, 3, 4, 5, 6, 6]
 
     everything = all_bytes(run_dir)
@@ -245,6 +252,17 @@ def test_online_without_a_server_falls_back_to_offline(tmp_path: Path):
     assert KEY not in done.stderr
     (folder,) = (tmp_path / "run" / "wandb").glob("offline-run-*")
     assert len(of_type("history", records(folder))) == 3
+
+
+@pytest.mark.parametrize("refuse", [401, pytest.param(HANG, marks=pytest.mark.slow)])
+def test_a_wrong_key_or_a_server_that_hangs_is_told_once(tmp_path: Path, refuse: int) -> None:
+    with wandb_server(refuse) as server:
+        done = run_wandb(tmp_path / "run", 0, 2, mode="online", timeout=5.0, server=server.address)
+    assert done.stderr.count("WARNING") == 1, done.stderr
+    assert "WARNING: wandb.mode=online failed" in done.stderr and KEY not in done.stderr
+    (folder,) = (tmp_path / "run" / "wandb").glob("offline-run-*")
+    rows = [row["item"] for row in of_type("history", records(folder))]
+    assert [row["step"] for row in rows] == [0, 1, 2]
 
 
 def test_losing_wandb_in_mid_run_is_told_once_and_the_run_goes_on(tmp_path: Path):
@@ -275,3 +293,92 @@ def test_a_machine_without_wandb_trains(tmp_path: Path):
     )
     assert done.stderr.count("WARNING: Weights & Biases could not start") == 1
     assert steps(tmp_path) == [1]
+
+
+def scalars(run_dir: Path) -> dict[str, dict[int, float]]:
+    """name -> step -> value, as TensorBoard shows them."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = accumulator.EventAccumulator(str(run_dir / "tensorboard"))
+    events.Reload()
+    return {
+        name: {event.step: event.value for event in events.Scalars(name)}
+        for name in events.Tags()["scalars"]
+    }
+
+
+def test_tensorboard_has_every_step_once(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    config = WandbConfig(mode=WandbMode.disabled), tmp_path
+    on = TensorboardConfig(enabled=True)
+    tracker = make_tracker(*config, 0, {}, tensorboard=on)
+    for step in range(6):
+        tracker.log(step, {"train/loss": 10.0 - step})
+    tracker.log(5, {"eval/loss": math.nan, "eval/seconds": 1.5})
+    tracker.close()  # and then killed; the checkpoint was of step 3
+    resumed = make_tracker(*config, 0, {}, resumed_step=3, tensorboard=on)
+    for step in (4, 5, 6):
+        resumed.log(step, {"train/loss": 100.0 + step})
+    resumed.go_back(4)
+    resumed.log(5, {"train/loss": 1000.0})
+    resumed.close()
+    found = scalars(tmp_path)
+    assert found["train/loss"] == {0: 10, 1: 9, 2: 8, 3: 7, 4: 104, 5: 1000}
+    assert "eval/loss" not in found and not found["eval/seconds"]  # of a step taken again
+    assert steps(tmp_path) == [0, 1, 2, 3, 4, 5]
+    make_tracker(*config, 1, {}, tensorboard=on).log(9, {"train/loss": 0.0})
+    assert 9 not in scalars(tmp_path)["train/loss"]
+
+
+def test_tensorboard_without_its_package_is_refused_before_training(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = PretrainConfig(model=MODEL, tensorboard=TensorboardConfig(enabled=True))
+    monkeypatch.setattr("pretrain.config.find_spec", lambda name: None)
+    message = r"^tensorboard\.enabled=true needs the package tensorboard, which is not installed"
+    with pytest.raises(ConfigError, match=message):
+        validate(config, world_size=8)
+    config.tensorboard.enabled = False
+    validate(config, world_size=8)
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_behind_what_wandb_has(tmp_path: Path) -> None:
+    """SIGKILL at step 5, checkpoint at 2: steps 3 to 5 are taken again, and recorded once. Later
+    starts and `wandb sync`: the server gets one run, and every step in order."""
+    run_dir = tmp_path / "run"
+    die = "step == 5 and os.kill(os.getpid(), 9)"
+    with pytest.raises(subprocess.CalledProcessError) as killed:
+        run_wandb(run_dir, 0, 9, each_step=f"exec({die!r})")
+    assert killed.value.returncode == -9
+    run_wandb(run_dir, 3, 8, resumed_step=2)
+    names = sorted(path.name for path in (run_dir / "wandb").iterdir() if path.is_dir())
+    assert [name.partition("-2")[0] for name in names] == [
+        "latest-run",
+        "offline-empty",  # nothing had been written yet
+        "offline-run",
+    ]
+    (folder,) = (run_dir / "wandb").glob("offline-run-*")
+    rows = [row["item"] for row in of_type("history", records(folder))]
+    assert [row["_step"] for row in rows] == [0, 1, 2, 3, 4, 5, 6, 7, 8]
+    assert [row["train/loss"] for row in rows] == [10.0 / (step + 1) for step in range(9)]
+    assert rows[2]["_timestamp"] < rows[3]["_timestamp"] - 0.2, "step 2 is of the first start"
+
+    with wandb_server() as server:
+        settings: Any = {"mode": "online", "server": server.address}
+        done = run_wandb(run_dir, 8, 10, resumed_step=7, **settings)  # has to wait for the others
+        assert done.stderr.count("WARNING") == 1 and "that are not uploaded" in done.stderr
+        assert server.history == []
+        folders = sorted((run_dir / "wandb").glob("offline-run-*"))
+        assert len(folders) == 2
+        subprocess.run(
+            [Path(sys.executable).parent / "wandb", "sync", *folders],
+            env={**os.environ, "WANDB_API_KEY": KEY, "WANDB_BASE_URL": server.address},
+            capture_output=True,
+            check=True,
+            timeout=90,
+        )
+        done = run_wandb(run_dir, 10, 12, resumed_step=9, **settings)
+        assert "WARNING" not in done.stderr and server.address in done.stdout
+        at_server = [row["_step"] for row in server.history]
+        assert at_server == list(range(13))
+        assert server.runs == {(run_dir / "wandb_run_id").read_text().strip()}

@@ -1,0 +1,34 @@
+"""A run as one HTML page that works without a network.
+
+    python launch/report.py RUN [--out PAGE.html]
+
+RUN is a run's folder; it may still be running. Default page: RUN/report.html.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+# before launch/, which holds a module of the same name as a room
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from pretrain.html_report import write_html_report
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
+    parser.add_argument("--out", type=Path, help="the page to write (default: RUN/report.html)")
+    given = parser.parse_args(arguments)
+    try:
+        page = write_html_report(given.run, given.out)
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"wrote {page} ({page.stat().st_size / 1e6:.1f} MB); open it in a browser")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,336 @@
+"""Train under SLURM: check the settings, write the batch script, submit it.
+
+    python -m launch.slurm +model=magneto_1b parallel=tp8_sp cluster=gpu8_infiniband nodes=8
+    python -m launch.slurm ... nodes=8 chain=3 cluster.walltime=12:00:00 --submit
+
+Takes what launch/pretrain.py takes, and besides
+
+    cluster=NAME         a file of conf/cluster, or the path of one of your own
+    cluster.SETTING=...  one of its settings for this job (launch/config.py)
+    nodes=N              how many
+    chain=N              so many jobs, one after the other, for sites that do not requeue
+
+Without --submit it starts nothing and writes nothing: what the job would be goes to standard
+error, the script to standard output. docs/slurm.md tells what the script does. Exit status: 0,
+1 where SLURM refuses or is not here, 2 where settings do not fit. Imports neither torch nor
+megatron-core.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import cast
+
+import yaml  # type: ignore[import-untyped]
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from launch.config import ClusterConfig
+from launch.schema import CONF, closest, load
+from launch.schema import SITES as GROUP
+from launch.slurm_script import Job, grace_seconds, render
+from launch.status import SUBMITTED, last_training_record, remaining_seconds
+from parallel.config import ConfigError
+from pretrain.config import PretrainConfig, validate
+from pretrain.progress import format_duration
+from pretrain.walltime import walltime_seconds
+
+SITES = CONF / GROUP
+
+
+class SlurmError(Exception):
+    """SLURM is not here, or did not do what it was asked."""
+
+
+@dataclass
+class Wish:
+    """The words of the command line, sorted."""
+
+    cluster: str | None = None
+    settings: list[str] = field(default_factory=list)  # cluster.SETTING=VALUE, without "cluster."
+    nodes: int = 1
+    chain: int = 1
+    training: list[str] = field(default_factory=list)  # for the launcher
+    problems: list[str] = field(default_factory=list)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.slurm",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("words", nargs="*", metavar="SETTING=VALUE", help="as for the launcher")
+    action = parser.add_mutually_exclusive_group()
+    action.add_argument("--submit", action="store_true", help="write the script and submit it")
+    action.add_argument("--dry-run", action="store_true", help="only show it, as without --submit")
+    given = parser.parse_intermixed_args(arguments)
+    try:
+        wish = sort_words(given.words)
+        job = make_job(wish)
+    except ConfigError as error:
+        for problem in error.problems:
+            print(f"error: {problem}", file=sys.stderr)
+        return 2
+    print("\n".join(describe(job, wish.chain)), file=sys.stderr)
+    if not given.submit:
+        print(render(job), end="")
+        print("nothing is submitted; add --submit to do so", file=sys.stderr)
+        return 0
+    try:
+        submit(job, wish.chain)
+    except SlurmError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def sort_words(words: Sequence[str]) -> Wish:
+    wish = Wish()
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name == "cluster" and equals:
+            wish.cluster = value
+        elif name.startswith("cluster."):
+            wish.settings.append(word.removeprefix("cluster."))
+        elif name not in ("nodes", "chain"):
+            wish.training.append(word)
+        elif value.isascii() and value.isdigit() and int(value) >= 1:
+            setattr(wish, name, int(value))
+        else:
+            wish.problems.append(f"{word} must be a whole number, 1 or more, as in {name}=8")
+    return wish
+
+
+def make_job(wish: Wish) -> Job:
+    """Raises ConfigError with everything that can be found wrong before there is a job."""
+    problems = list(wish.problems)
+    cluster: ClusterConfig | None = None
+    config: PretrainConfig | None = None
+    try:
+        cluster = load_cluster(wish.cluster, wish.settings)
+    except ConfigError as error:
+        problems += error.problems
+    try:
+        config = load(wish.training)
+    except ConfigError as error:
+        problems += error.problems
+    if cluster is None or config is None:
+        raise ConfigError(*problems)
+    job = Job(
+        config=config,
+        cluster=cluster,
+        nodes=wish.nodes,
+        words=wish.training,
+        folder=Path.cwd(),
+        python=cluster.python or sys.executable,
+    )
+    problems += check_layout(job) + check_times(job) + check_partition(job)
+    if problems:
+        raise ConfigError(*problems)
+    return job
+
+
+def load_cluster(name: str | None, settings: Sequence[str]) -> ClusterConfig:
+    """A site's settings from conf/cluster, or from a file of one's own, changed by `settings`.
+
+    Raises ConfigError.
+    """
+    path = _site(name)
+    schema = OmegaConf.structured(ClusterConfig)
+    known = [str(key) for key in schema]
+    try:
+        values = OmegaConf.load(path)
+        changes = OmegaConf.from_dotlist(list(settings))
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"cluster={name}: {' '.join(str(error).split())}") from None
+    if not OmegaConf.is_dict(values):
+        raise ConfigError(f"cluster={name}: {path} must hold settings, as in nodes of generic.yaml")
+    unknown = [_unknown(str(key), f"{path.name}: ", known) for key in values if key not in known]
+    unknown += [_unknown(str(key), "", known) for key in changes if key not in known]
+    if unknown:
+        raise ConfigError(*unknown)
+    try:
+        merged = OmegaConf.merge(schema, values, changes)
+        return cast(ClusterConfig, OmegaConf.to_object(merged))
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None)
+        raise ConfigError(f"cluster.{key}: {str(error).splitlines()[0]}") from None
+
+
+def _site(name: str | None) -> Path:
+    there = sorted(path.stem for path in SITES.glob("*.yaml"))
+    shipped = f"There are {', '.join(there)}; or give the path of a file of your own, as mine.yaml"
+    if not name:
+        raise ConfigError(f"no site is chosen; add cluster=NAME. {shipped}")
+    path = Path(name) if name.endswith(".yaml") else SITES / f"{name}.yaml"
+    if not path.is_file():
+        meant = [f"cluster={site}" for site in closest(name, there)]
+        hint = f"; did you mean {' or '.join(meant)}?" if meant else "."
+        raise ConfigError(f"cluster={name}: there is no {path}{hint} {shipped}")
+    return path
+
+
+def _unknown(key: str, where: str, known: Sequence[str]) -> str:
+    meant = [f"cluster.{name}" for name in closest(key, known)]
+    hint = f"did you mean {' or '.join(meant)}?" if meant else f"there are {', '.join(known)}"
+    return f"{where}there is no setting cluster.{key}; {hint}"
+
+
+def check_layout(job: Job) -> list[str]:
+    """The launcher's rules for so many processes."""
+    try:
+        validate(job.config, world_size=job.processes)
+    except ConfigError as error:
+        counted = f"(nodes={job.nodes} x {job.cluster.processes} on each)"
+        # a line about the number of processes tells whoever calls torchrun what to do
+        return [
+            problem.replace(" started;", f" asked for {counted};").replace(
+                " with torchrun --nproc-per-node", ""
+            )
+            for problem in error.problems
+        ]
+    return []
+
+
+def check_times(job: Job) -> list[str]:
+    grace, walltime = grace_seconds(job.config), walltime_seconds(job.cluster.walltime)
+    if grace < walltime:
+        return []
+    return [
+        f"fault_tolerance.grace_seconds={grace} must be shorter than cluster.walltime="
+        f"{job.cluster.walltime}, or the run is told to stop before it has started"
+    ]
+
+
+def check_partition(job: Job) -> list[str]:
+    """What the site's partitions do not allow, where SLURM is here to tell."""
+    partitions = list_partitions()
+    name, walltime = job.cluster.partition, walltime_seconds(job.cluster.walltime)
+    if name is None or not partitions:
+        return []
+    if name not in partitions:
+        return [f"cluster.partition={name}: there is none; choose from {', '.join(partitions)}"]
+    nodes, limit = partitions[name]
+    problems = []
+    if job.nodes > nodes:
+        problems.append(f"nodes={job.nodes}: cluster.partition={name} has {nodes}; use at most so")
+    if limit is not None and walltime > limit:
+        problems.append(
+            f"cluster.walltime={job.cluster.walltime} is more than cluster.partition={name} "
+            f"allows; use {_as_walltime(limit)} or less, and chain=N for a run that takes longer"
+        )
+    return problems
+
+
+def list_partitions() -> dict[str, tuple[int, float | None]]:
+    """Name -> (number of nodes, longest job in seconds, None: any); empty where SLURM is silent."""
+    if shutil.which("sinfo") is None:
+        return {}
+    try:
+        told = _slurm("sinfo", "--noheader", "--format=%R|%D|%l")
+    except SlurmError:
+        return {}
+    partitions: dict[str, tuple[int, float | None]] = {}
+    for line in told.splitlines():
+        name, nodes, limit = line.split("|")
+        before = partitions.get(name, (0, None))[0]
+        partitions[name] = (before + int(nodes), _limit_seconds(limit))
+    return partitions
+
+
+def _limit_seconds(text: str) -> float | None:
+    """A limit as sinfo prints it: [[D-]H:]MM:SS or infinite."""
+    if not text[0].isdigit():
+        return None
+    return walltime_seconds(text if text.count(":") == 2 else f"0:{text}")
+
+
+def _as_walltime(seconds: float) -> str:
+    days, rest = divmod(int(seconds), 24 * 3600)
+    clock = f"{rest // 3600:02d}:{rest // 60 % 60:02d}:{rest % 60:02d}"
+    return f"{days}-{clock}" if days else clock
+
+
+def describe(job: Job, chain: int) -> list[str]:
+    """What the job is and what it costs, a line for each thing."""
+    cluster, config = job.cluster, job.config
+    seconds = walltime_seconds(cluster.walltime)
+    units, unit = (job.gpus, "GPU") if job.gpus else (job.nodes, "node")
+    hours = units * seconds / 3600
+    where = f"partition {cluster.partition}" if cluster.partition else "the default partition"
+    gpus = f" x {cluster.gpus_per_node} GPUs = {job.gpus} GPUs" if job.gpus else ""
+    lines = [
+        f"run       {job.run_dir}",
+        f"training  {config.model.name}, {config.train.train_steps:,} steps of "
+        f"{config.train.global_batch_size:,} sequences",
+        f"job       {job.name} on {where}: {job.nodes} nodes{gpus}, {job.processes} processes",
+        f"time      {cluster.walltime} a job, {hours:,.1f} {unit}-hours; started now it would end "
+        f"{_clock(seconds)}",
+    ]
+    left = remaining_seconds(last_training_record(job.run_dir), config.train.train_steps)
+    if left is not None:
+        lines.append(
+            f"to go     {format_duration(left)} at the speed so far, {_clock(left)} if it ran now"
+        )
+    lines.append(
+        f"end       saves {grace_seconds(config)} s before its time is up; requeued up to "
+        f"{cluster.max_requeues} times, {cluster.max_failures} failures in a row end it"
+    )
+    if chain > 1:
+        lines.append(f"chain     {chain} jobs, at most {chain * hours:,.1f} {unit}-hours")
+    tensor = config.parallel.tensor_model_parallel_size
+    if job.nodes > 1 and tensor > cluster.processes:
+        lines.append(
+            f"note      parallel.tensor_model_parallel_size={tensor} spans nodes of "
+            f"{cluster.processes} processes, at the speed of the network"
+        )
+    return lines
+
+
+def _clock(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(time.time() + seconds))
+
+
+def submit(job: Job, chain: int) -> None:
+    """Writes the script into the run's folder and hands it to SLURM `chain` times.
+
+    Raises SlurmError; the script stays.
+    """
+    job.script.parent.mkdir(parents=True, exist_ok=True)
+    (job.run_dir / "logs").mkdir(exist_ok=True)  # SLURM does not make it, and would write nothing
+    job.script.write_text(render(job), encoding="utf-8")
+    (job.script.parent / "failures").unlink(missing_ok=True)
+    if shutil.which("sbatch") is None:
+        raise SlurmError(
+            f"sbatch is not on this machine; the script is {job.script}. Where it is, with this "
+            f"folder at the same place: sbatch {job.script}"
+        )
+    for _ in range(chain):
+        number = _slurm("sbatch", "--parsable", str(job.script)).strip().partition(";")[0]
+        with open(job.run_dir / SUBMITTED, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"time": round(time.time(), 3), "job_id": number}) + "\n")
+        print(f"submitted job {number}")
+    print(f"script    {job.script}\nlogs      {job.run_dir}/logs/slurm-{number}*.log")
+    print(f"how it is python -m launch.status {job.config.run_dir}")
+
+
+def _slurm(*command: str) -> str:
+    """What a SLURM command prints. Raises SlurmError with its own words where it refuses."""
+    try:
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except subprocess.TimeoutExpired:
+        raise SlurmError(f"{command[0]} does not answer; is SLURM's controller down?") from None
+    if ended.returncode:
+        raise SlurmError(f"{' '.join(command)}: {ended.stderr.strip()}")
+    return ended.stdout
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,112 @@
+# ---- from here on the same for every run: launch/slurm_job.sh ----------------------------------
+# Starts one torchrun on each node, hands SLURM's word that time is up to the workers, and decides
+# what the end of the training means for the job: over, or again.
+
+say() { echo "$(date '+%F %T') job $SLURM_JOB_ID, start ${SLURM_RESTART_COUNT:-0}: $*"; }
+
+# One value of the run's status.json; empty where there is none.
+status() {
+  sed -nE 's/.*"'"$1"'": *"?([^",}]*).*/\1/p' "$RUN_DIR/status.json" 2>/dev/null | head -n 1
+}
+
+is_finished() {
+  local steps
+  steps=$(status train_steps)
+  [ "$(status state)" = finished ] && [ "${steps:-0}" -ge "$TRAIN_STEPS" ]
+}
+
+newest_checkpoint() {
+  find "$RUN_DIR/checkpoints" -maxdepth 1 -name 'step_*[0-9]' 2>/dev/null | sort | tail -n 1
+}
+
+# Runs on each node. SLURM's signals may reach this shell alone (where it tracks processes by
+# control groups) or everything below it, and torchrun would end from USR1. So torchrun ignores
+# USR1 and the workers, its children, get it from here; on TERM too, for which torchrun would leave
+# them 30 s.
+on_node() {
+  trap '' USR1 # inherited by torchrun, and by its workers until they have a handler of their own
+  "${TORCHRUN[@]}" --rdzv-endpoint="$HEAD:$PORT" --rdzv-id="$SLURM_JOB_ID" \
+    --node-rank="$SLURM_NODEID" "${TRAINING[@]}" &
+  agent=$!
+  trap 'kill -USR1 $(cat /proc/$agent/task/*/children 2>/dev/null) 2>/dev/null' USR1 TERM
+  while kill -0 "$agent" 2>/dev/null; do wait "$agent"; done # a signal ends `wait` early
+  wait "$agent"
+}
+
+# Ends this start of the job: SLURM queues it again, or it leaves with exit status $2.
+start_again() {
+  if ((${SLURM_RESTART_COUNT:-0} >= MAX_REQUEUES)); then
+    say "$1; not requeued, as cluster.max_requeues=$MAX_REQUEUES. A new job goes on from there."
+    exit "$2"
+  fi
+  say "$1; back into the queue"
+  scontrol requeue "$SLURM_JOB_ID" || say "SLURM refuses to requeue the job"
+  sleep 30 # SLURM ends this shell
+  exit "$2"
+}
+
+# Tells the workers to save and leave; again and again, for one that still imports ignores it.
+stop_workers() {
+  say "SLURM says that time is up; the workers are told to save and stop"
+  while kill -0 "$step" 2>/dev/null; do
+    scancel --signal=USR1 "$SLURM_JOB_ID" # reaches the workers' step, not this shell
+    if (($(date +%s) >= JOB_END - 10)); then
+      start_again "not saved in time, what came after the last checkpoint is lost" 1
+    fi
+    sleep 2
+  done
+}
+
+# A dead node is worth another try, a mistake is not: it fails again before the next checkpoint.
+training_failed() {
+  local failures=0
+  if [ "$(newest_checkpoint)" = "$checkpoint" ]; then
+    failures=$(($(cat "$FAILURES" 2>/dev/null || echo 0) + 1))
+  fi
+  echo "$failures" >"$FAILURES"
+  if ((failures >= MAX_FAILURES)); then
+    say "failure $failures without a new checkpoint; cluster.max_failures=$MAX_FAILURES: given up"
+    exit "$1"
+  fi
+  start_again "failed (the why is in $LOGS)" "$1"
+}
+
+if is_finished; then
+  say "nothing to do: the run has finished at step $(status step)"
+  exit 0
+fi
+
+HEAD=${HEAD:-} # a line of cluster.setup may name the address by which the other nodes reach the first
+if [ -z "$HEAD" ]; then
+  HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+  HEAD=$(scontrol show node "$HEAD" | sed -nE 's/.*NodeAddr=([^ ]+).*/\1/p')
+fi
+PORT=$((20000 + SLURM_JOB_ID % 10000))
+JOB_END=${SLURM_JOB_END_TIME:-$(date -d "$(squeue -h -j "$SLURM_JOB_ID" -o %e)" +%s 2>/dev/null)}
+JOB_END=${JOB_END:-9999999999} # without a limit
+export SLURM_JOB_END_TIME=$JOB_END HEAD PORT
+LOGS="$RUN_DIR/logs/slurm-$SLURM_JOB_ID-node*.log"
+FAILURES=$RUN_DIR/slurm/failures
+checkpoint=$(newest_checkpoint)
+stop=
+say "$SLURM_JOB_NUM_NODES nodes ($SLURM_JOB_NODELIST), $HEAD:$PORT; from ${checkpoint:-the start}"
+
+trap 'stop=yes' USR1
+"${SRUN[@]}" --output="$RUN_DIR/logs/slurm-%j-node%t.log" --open-mode=append \
+  "${CONTAINER[@]}" bash -c "$(declare -p TORCHRUN TRAINING); $(declare -f on_node); on_node" &
+step=$!
+while kill -0 "$step" 2>/dev/null; do
+  if [ -n "$stop" ]; then stop_workers; else wait "$step"; fi
+done
+wait "$step"
+code=$?
+
+say "training ended with status $code; the run is $(status state) at step $(status step)"
+if ((code != 0)); then
+  training_failed "$code"
+fi
+rm -f "$FAILURES"
+if [ "$(status state)" = stopped ]; then
+  start_again "stopped before its last step" 75 # EX_TEMPFAIL
+fi
+exit 0

@@ -1,0 +1,1 @@
+"""What an exported model is in `transformers`: files that are copied into its folder."""

@@ -1,0 +1,415 @@
+"""Reading a checkpoint of any layout from one process, tensor by tensor, and without trusting it.
+
+Needs neither megatron-core nor process groups, and torch only where a tensor is read. A checkpoint
+is a folder in megatron-core's "torch_dist" format:
+
+    metadata.json     which format it is
+    common.pt         plain values, by torch.save
+    .metadata         a pickle: shape and type of each tensor, and where its pieces lie
+    __0_0.distcp ...  the pieces, one torch.save behind the other; a piece is what one rank held
+
+Both pickles go through `parallel.safe_pickle`, and pieces through torch.load(weights_only=True).
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from parallel import safe_pickle
+from parallel.safe_pickle import DTYPE_BYTES, Record, record_class
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FORMAT_FILE = "metadata.json"
+PLAIN_FILE = "common.pt"
+INDEX_FILE = ".metadata"
+OPTIMIZER_PREFIX = "optimizer."
+# (offsets, sizes) of a block of a tensor
+Box = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+class CheckpointFormatError(ValueError):
+    """A folder that is not a checkpoint, or one that is damaged."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A block of a tensor, and the bytes of a file that hold it."""
+
+    box: Box
+    file: str
+    start: int
+    length: int
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    name: str
+    shape: tuple[int, ...]
+    dtype: str  # torch's name without "torch."
+    pieces: tuple[Piece, ...]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        return self.numel * DTYPE_BYTES[self.dtype]
+
+
+class CheckpointReader:
+    """What a checkpoint holds; everything is read when asked for.
+
+    Raises CheckpointFormatError where `folder` is not a checkpoint of this format. The properties
+    raise it for a damaged one, and `parallel.safe_pickle.UnsafePickleError` for one that is not
+    harmless.
+    """
+
+    def __init__(self, folder: Path | str) -> None:
+        self.folder = Path(folder)
+        path = self.folder / FORMAT_FILE
+        if not path.is_file():
+            raise CheckpointFormatError(f"{folder} is not a checkpoint: it has no {FORMAT_FILE}")
+        try:
+            backend = json.loads(path.read_bytes()).get("sharded_backend")
+        except (ValueError, AttributeError) as error:
+            raise CheckpointFormatError(f"{path} is damaged: {error}") from error
+        if backend != "torch_dist":
+            raise CheckpointFormatError(
+                f"{folder} is a checkpoint in megatron-core's format {backend}; only torch_dist is "
+                "read here"
+            )
+
+    @cached_property
+    def plain(self) -> dict[str, Any]:
+        """The values that are no sharded tensors: train_state, identity, ..."""
+        return self._plain(tolerant=False)
+
+    @cached_property
+    def foreign_plain(self) -> dict[str, Any]:
+        """`plain` of a program whose classes we do not know: they come as inert `Record`s."""
+        return self._plain(tolerant=True)
+
+    def _plain(self, tolerant: bool) -> dict[str, Any]:
+        path = self.folder / PLAIN_FILE
+        self._must_exist(PLAIN_FILE)
+        try:
+            values = safe_pickle.load_saved(path, tolerant=tolerant)
+        except safe_pickle.UnsafePickleError:
+            raise
+        except ValueError as error:
+            raise CheckpointFormatError(str(error)) from error
+        if not isinstance(values, dict):
+            raise CheckpointFormatError(f"{path} is damaged: it holds no table of values")
+        return values
+
+    @cached_property
+    def tensors(self) -> dict[str, StoredTensor]:
+        """Every sharded tensor by its name, sorted."""
+        pieces = self._pieces
+        tensors = {}
+        for name, entry in self._index["state_dict_metadata"].items():
+            if "properties" not in entry.state:
+                continue
+            shape = _size(entry.state["size"])
+            boxes = [(_size(c.state["offsets"]), _size(c.state["sizes"])) for c in _chunks(entry)]
+            found = []
+            for box in boxes:
+                place = pieces.get((name, box[0]))
+                if place is None:
+                    raise CheckpointFormatError(f"{self._index_path}: {name} misses a piece")
+                found.append(Piece(box, *place))
+            tensors[name] = StoredTensor(name, shape, _dtype(entry), tuple(found))
+        return dict(sorted(tensors.items()))
+
+    @cached_property
+    def objects(self) -> dict[str, Piece]:
+        """Sharded values that are no tensors (megatron-core's `_extra_state`), by their name."""
+        entries = self._index["state_dict_metadata"]
+        return {
+            name: Piece(((), ()), *self._pieces[name, None])
+            for name in sorted(entries)
+            if "properties" not in entries[name].state
+        }
+
+    @property
+    def weights(self) -> dict[str, StoredTensor]:
+        """`tensors` without the optimizer's."""
+        return {n: t for n, t in self.tensors.items() if not n.startswith(OPTIMIZER_PREFIX)}
+
+    def problems(self) -> list[str]:
+        """What is wrong with its structure, one line each: pieces that lie outside of their files
+        or leave parts of a tensor out. Reads no tensor. Raises as the properties."""
+        assert self.plain is not None
+        sizes: dict[str, int] = {}
+        problems = []
+        places = [(name, piece) for name, piece in self.objects.items()]
+        for tensor in self.tensors.values():
+            places += [(tensor.name, piece) for piece in tensor.pieces]
+            stored = sum(math.prod(piece.box[1]) for piece in tensor.pieces)
+            if stored != tensor.numel:
+                problems.append(f"{tensor.name}: {stored} of {tensor.numel} elements are there")
+        for name, piece in places:
+            if piece.file not in sizes:
+                path = self.folder / piece.file
+                sizes[piece.file] = path.stat().st_size if path.is_file() else -1
+                if sizes[piece.file] < 0:
+                    problems.append(f"{piece.file} is missing")
+            if 0 <= sizes[piece.file] < piece.start + piece.length:
+                problems.append(
+                    f"{piece.file} has {sizes[piece.file]} bytes; {name} ends at "
+                    f"{piece.start + piece.length}"
+                )
+        return problems
+
+    def read(self, name: str, box: Box | None = None) -> Tensor:
+        """A tensor, or the block of it at `box`, on the CPU in its stored type.
+
+        Holds the result and the largest piece that overlaps it at one time.
+        """
+        import torch
+
+        stored = self.tensors[name]
+        offsets, sizes = box or ((0,) * len(stored.shape), stored.shape)
+        result, filled = None, 0
+        for piece in stored.pieces:
+            common = _intersection(piece.box, (offsets, sizes))
+            if common is None:
+                continue
+            part = self.read_piece(stored, piece)[_slices(common, piece.box[0])]
+            if part.shape == torch.Size(sizes):
+                return part.clone() if part.numel() * 2 < math.prod(piece.box[1]) else part
+            if result is None:
+                result = torch.empty(sizes, dtype=part.dtype)
+            result[_slices(common, offsets)] = part
+            filled += part.numel()
+        if result is None or filled != result.numel():
+            raise CheckpointFormatError(f"{self.folder}: parts of {name} are missing")
+        return result
+
+    def read_piece(self, stored: StoredTensor, piece: Piece) -> Tensor:
+        """One piece as it lies in its file."""
+        import torch
+
+        with self._open(piece) as file:
+            try:
+                tensor = torch.load(file, map_location="cpu", weights_only=True)
+            except Exception as error:  # torch raises RuntimeError, UnpicklingError, ...
+                raise CheckpointFormatError(
+                    f"{self.folder / piece.file} is damaged where {stored.name} lies: "
+                    f"{str(error).splitlines()[0]}"
+                ) from error
+        shape = tuple(getattr(tensor, "shape", ()))
+        if not torch.is_tensor(tensor) or shape != piece.box[1]:
+            raise CheckpointFormatError(
+                f"{self.folder / piece.file} is damaged: a piece of {stored.name} should have the "
+                f"shape {list(piece.box[1])}, and has {list(shape)}"
+            )
+        return tensor.detach()
+
+    def read_object(self, name: str) -> bytes:
+        """The bytes of a sharded value that is no tensor, as they were written."""
+        with self._open(self.objects[name]) as file:
+            return file.read()
+
+    def _open(self, piece: Piece) -> io.BufferedReader:
+        path = self.folder / piece.file
+        # names come from the index, which may be anybody's: nothing outside of the folder is read
+        if path.parent != self.folder or not path.is_file():
+            raise CheckpointFormatError(f"{self.folder}: {piece.file} is missing")
+        return io.BufferedReader(_FilePart(path, piece.start, piece.length), 1 << 16)
+
+    def _must_exist(self, name: str) -> None:
+        if not (self.folder / name).is_file():
+            raise CheckpointFormatError(f"{self.folder} is damaged: {name} is missing")
+
+    @property
+    def _index_path(self) -> Path:
+        return self.folder / INDEX_FILE
+
+    @cached_property
+    def _index(self) -> dict[str, Any]:
+        self._must_exist(INDEX_FILE)
+        try:
+            with open(self._index_path, "rb") as file:
+                index = safe_pickle.load(file, str(self._index_path), _INDEX_NAMES)
+        except safe_pickle.UnsafePickleError:
+            raise
+        except ValueError as error:
+            raise CheckpointFormatError(str(error)) from error
+        state = getattr(index, "state", None)
+        if not isinstance(state, dict) or not {"state_dict_metadata", "storage_data"} <= set(state):
+            raise CheckpointFormatError(f"{self._index_path} is damaged: it is no index")
+        return state
+
+    @cached_property
+    def _pieces(self) -> dict[tuple[str, tuple[int, ...] | None], tuple[str, int, int]]:
+        """(name, offsets; None for objects) -> file, first byte, bytes."""
+        pieces = {}
+        for key, place in self._index["storage_data"].items():
+            offset = key.state.get("offset")
+            if place.state.get("transform_descriptors"):
+                raise CheckpointFormatError(
+                    f"{self.folder}: its tensors are compressed, which is not read here"
+                )
+            pieces[key.state["fqn"], None if offset is None else _size(offset)] = (
+                place.state["relative_path"],
+                place.state["offset"],
+                place.state["length"],
+            )
+        return pieces
+
+
+class StoredWeights:
+    """A checkpoint's weights by their names in the whole model, as `models.initialize` has them.
+
+    megatron-core stores the layers of a dense model stacked, as `decoder.layers.mlp...` of
+    [layers, ...], and those of a model with sparse ones each by itself, `decoder.layers.3.mlp...`.
+    """
+
+    def __init__(self, reader: CheckpointReader) -> None:
+        self.reader = reader
+        self._stored = reader.weights
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return dict(self._named())
+
+    def _named(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        for name, stored in self._stored.items():
+            if _is_stack(name):
+                for layer in range(stored.shape[0]):
+                    yield name.replace(_LAYERS, f"{_LAYERS}{layer}."), stored.shape[1:]
+            else:
+                yield name, stored.shape
+
+    def dtype(self, name: str) -> str:
+        return self._stored[self._place(name)[0]].dtype
+
+    def read(self, name: str) -> Tensor:
+        """Raises KeyError for a name that is not among `shapes`."""
+        stored, layer = self._place(name)
+        if layer is None:
+            return self.reader.read(stored)
+        shape = self._stored[stored].shape
+        offsets = (layer, *(0 for _ in shape[1:]))
+        return self.reader.read(stored, (offsets, (1, *shape[1:])))[0]
+
+    def _place(self, name: str) -> tuple[str, int | None]:
+        """Stored name, and which layer of a stack."""
+        if name in self._stored:
+            return name, None
+        found = _IN_LAYER.fullmatch(name)
+        if found is not None:
+            stack = _LAYERS + found[2]
+            if stack in self._stored and int(found[1]) < self._stored[stack].shape[0]:
+                return stack, int(found[1])
+        raise KeyError(name)
+
+
+_LAYERS = "decoder.layers."
+_IN_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.*)")
+
+
+def _is_stack(name: str) -> bool:
+    return name.startswith(_LAYERS) and _IN_LAYER.fullmatch(name) is None
+
+
+_METADATA = "torch.distributed.checkpoint.metadata"
+_INDEX_NAMES: dict[str, Any] = {
+    **{
+        f"{module}.{name}": record_class(f"{module}.{name}")
+        for module, names in {
+            _METADATA: (
+                *("Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "StorageMeta"),
+                *("TensorProperties", "ChunkStorageMetadata", "MetadataIndex"),
+                "_MEM_FORMAT_ENCODING",
+            ),
+            "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+            # what the ranks planned to write; not looked at
+            "torch.distributed.checkpoint.planner": (
+                *("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData"),
+            ),
+            "megatron.core.dist_checkpointing.strategies.torch": (
+                *("MCoreMetadata", "MCoreSavePlan"),
+            ),
+            "torch": ("Size",),
+            "pathlib": ("PosixPath", "WindowsPath", "Path"),  # where it was written
+            "pathlib._local": ("PosixPath", "WindowsPath"),  # from Python 3.13 on
+            "torch.serialization": ("_get_layout",),
+        }.items()
+        for name in names
+    },
+    **{f"torch.{name}": name for name in DTYPE_BYTES},
+}
+
+
+def _size(record: Any) -> tuple[int, ...]:
+    """A torch.Size, pickled as the call Size(tuple)."""
+    values = record.args[0] if isinstance(record, Record) else record
+    return tuple(int(value) for value in values)
+
+
+def _chunks(entry: Record) -> list[Any]:
+    return entry.state["chunks"]
+
+
+def _dtype(entry: Record) -> str:
+    return entry.state["properties"].state[0]
+
+
+def _intersection(one: Box, other: Box) -> Box | None:
+    begins = [max(a, b) for a, b in zip(one[0], other[0], strict=True)]
+    ends = [min(a + n, b + m) for a, n, b, m in zip(*one, *other, strict=True)]
+    if any(begin >= end for begin, end in zip(begins, ends, strict=True)):
+        return None
+    return tuple(begins), tuple(end - begin for begin, end in zip(begins, ends, strict=True))
+
+
+def _slices(box: Box, origin: tuple[int, ...]) -> tuple[slice, ...]:
+    return tuple(
+        slice(begin - start, begin - start + size)
+        for begin, size, start in zip(*box, origin, strict=True)
+    )
+
+
+class _FilePart(io.RawIOBase):
+    """Some bytes of a file as a file of their own."""
+
+    def __init__(self, path: Path, start: int, length: int) -> None:
+        self._file = open(path, "rb")  # noqa: SIM115
+        self._start, self._length, self._at = start, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = max(
+            0, {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._length}[whence] + offset
+        )
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")
+        count = max(0, min(len(view), self._length - self._at))
+        self._file.seek(self._start + self._at)
+        read = self._file.readinto(view[:count])
+        self._at += read
+        return read
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()

@@ -1,0 +1,184 @@
+"""A run's dealings with anomalies: judges each step, notes it, and reports what is out of order."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from data.open_data import Data
+from parallel.engine import MegatronEngine
+from parallel.progress_beacon import beacon
+from parallel.runtime import Runtime
+from pretrain.anomaly import Action, Verdict, judge
+from pretrain.anomaly_report import AnomalyReport, Findings, write_report
+from pretrain.checkpoint import Checkpoints
+from pretrain.config import AnomalyConfig, PretrainConfig
+from pretrain.culprits import Culprits, from_rank_zero
+from pretrain.events import Events
+from pretrain.progress import Progress
+from pretrain.train_state import TrainState
+from pretrain.train_step import Judge, StepMetrics
+
+_DONE = {
+    "apply": "updated all the same",
+    "skip": "update skipped",
+    "rollback": "going back",
+    "stop": "stopping",
+}
+
+
+class AnomalyWatch:
+    """All ranks hold one and call its methods in the same order.
+
+    Args:
+        can_roll_back: whether there is a checkpoint to go back to, after so many steps; asked on
+            all ranks, and only when it matters.
+        writes: on the one rank that writes reports.
+    """
+
+    def __init__(
+        self,
+        config: AnomalyConfig,
+        run_dir: Path,
+        culprits: Culprits,
+        can_roll_back: Callable[[int], bool],
+        *,
+        progress: Progress,
+        events: Events,
+        writes: bool,
+    ) -> None:
+        self.config = config
+        self.run_dir = run_dir
+        self.culprits = culprits
+        self.can_roll_back = can_roll_back
+        self.progress = progress
+        self.events = events
+        self.writes = writes
+        self._last_anomaly: int | None = None  # its step
+
+    def judge(self, state: TrainState) -> Judge:
+        """What `train_step` asks about the step after `state`."""
+        return partial(self._judge, state)
+
+    def _judge(self, state: TrainState, loss: float, grad_norm: float) -> Verdict:
+        verdict = judge(self.config, state.anomaly, loss, grad_norm)
+        if verdict.action is Action.rollback and not self.can_roll_back(state.step):
+            why = f"{verdict.why}; there is no checkpoint to go back to yet"
+            return replace(verdict, action=Action.skip, why=why)
+        return verdict
+
+    def after_step(
+        self, state: TrainState, sequences: int, metrics: StepMetrics, learning_rate: float
+    ) -> None:
+        """Take note of the step that `state` has just counted, and report it if need be."""
+        verdict, loss = metrics.verdict, metrics.losses.mean()
+        end = state.consumed_sequences
+        samples = [end - sequences, end]
+        self.culprits.keep(state.step, samples[0], metrics)
+        state.anomaly.note(verdict, loss, metrics.grad_norm, samples, self.config.spike_window)
+        if not verdict.kind:
+            return
+        with beacon.stage("anomaly report", state.step):
+            findings = self.culprits.find(verdict, rerun=not self._goes_on(state.step))
+        self._last_anomaly = state.step
+        if self.writes:
+            self._write(
+                AnomalyReport(
+                    step=state.step,
+                    kind=verdict.kind,
+                    decision=verdict.action.value,
+                    why=verdict.why,
+                    samples=samples,
+                    loss=loss,
+                    grad_norm=metrics.grad_norm,
+                    loss_z=verdict.loss_z,
+                    grad_norm_z=verdict.grad_norm_z,
+                    learning_rate=learning_rate,
+                    findings=findings,
+                )
+            )
+
+    def rolled_back(self, state: TrainState, from_step: int, left_out: tuple[int, int]) -> None:
+        """`state` is what the run goes on with."""
+        self.culprits.forget()
+        self._last_anomaly = None
+        first, end = left_out
+        text = (
+            f"back to step {state.step}, rollback {state.anomaly.rollbacks} of at most "
+            f"{self.config.max_rollbacks}; samples {first} to {end - 1} are left out"
+        )
+        self.progress.message(text)
+        self.events.write("rollback", state.step, text, from_step=from_step, left_out=[first, end])
+
+    def metrics(self, state: TrainState, verdict: Verdict) -> dict[str, float]:
+        """Names and values for a tracker, after `state` has counted the step."""
+        metrics: dict[str, float] = {
+            "anomaly/count": state.anomaly.count,
+            "anomaly/skipped_updates": len(state.anomaly.skipped_samples),
+            "anomaly/rollbacks": state.anomaly.rollbacks,
+        }
+        if not math.isnan(verdict.loss_z):  # known after the warm-up
+            metrics["anomaly/loss_z"] = verdict.loss_z
+            metrics["anomaly/grad_norm_z"] = verdict.grad_norm_z
+        return metrics
+
+    def _goes_on(self, step: int) -> bool:
+        """Whether the run has been in trouble lately: then sequences are not run again, which
+        takes as long as several steps."""
+        return self._last_anomaly is not None and step - self._last_anomaly <= (
+            self.config.keep_batches
+        )
+
+    def _write(self, report: AnomalyReport) -> None:
+        try:
+            path = str(write_report(self.run_dir, report).relative_to(self.run_dir))
+            where = f"see {path}"
+        except OSError as error:  # a full disk is no reason to end a run over a spike
+            path, where = "", f"without a report: {error}"
+        text = f"{report.why}; {_DONE[report.decision]}; {_suspect(report.findings)}, {where}"
+        self.progress.message(f"step {report.step}: {text}")
+        self.events.write(
+            report.kind,
+            report.step,
+            text,
+            decision=report.decision,
+            samples=report.samples,
+            report=path,
+        )
+
+
+def open_anomaly_watch(
+    config: PretrainConfig,
+    engine: MegatronEngine,
+    runtime: Runtime,
+    data: Data,
+    checkpoints: Checkpoints,
+    progress: Progress,
+    events: Events,
+) -> AnomalyWatch:
+    """The watch of a run."""
+
+    def can_roll_back(step: int) -> bool:
+        checkpoints.wait(step)  # a verdict must not depend on how fast a save is
+        return bool(from_rank_zero(bool(checkpoints.steps())))
+
+    return AnomalyWatch(
+        config.anomaly,
+        Path(config.run_dir),
+        Culprits(config.anomaly, config.train, engine, runtime, data),
+        can_roll_back=can_roll_back,
+        progress=progress,
+        events=events,
+        writes=runtime.rank == 0,
+    )
+
+
+def _suspect(findings: Findings) -> str:
+    if findings.no_culprit:
+        return findings.no_culprit
+    row = findings.documents[0]
+    named = row.doc_id or f"document {row.document} of {row.store}"
+    return f"most suspicious is {named} ({row.language})"

@@ -1,0 +1,187 @@
+"""Which checkpoints there are, and what each says about itself. Imports neither torch nor megatron.
+
+A path may name a checkpoint, a folder of checkpoints, or a run folder, here and in the commands.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from parallel.checkpoint_manifest import MISSING, NewerManifestError, verify
+from parallel.checkpoint_reader import FORMAT_FILE, CheckpointReader
+
+_STEP = re.compile(r"step_(\d+)")
+_SOMETHING_ELSE = re.compile(r"step_\d+\.(partial|damaged(-\d+)?)")
+SOUND = "sound"
+UNVERIFIED = "not verifiable: saved before there were manifests"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """A line of the list."""
+
+    folder: Path
+    bytes: int
+    saved: datetime
+    step: int | None
+    tokens: int | None
+    loss: tuple[str, float] | None  # of which kind, and its value
+    model: dict[str, Any] | None  # the shape the checkpoint was saved with
+    state: str  # "sound", or what is wrong
+
+
+def find_checkpoints(path: Path) -> list[Path]:
+    """The complete checkpoints that `path` names, oldest first; none where there are none."""
+    if is_checkpoint(path):
+        return [path]
+    for folder in (path / "checkpoints", path):
+        if folder.is_dir():
+            found = [p for p in folder.iterdir() if _STEP.fullmatch(p.name) and is_checkpoint(p)]
+            if found:
+                return sorted(found, key=step_of)
+    return []
+
+
+def find_checkpoint(path: Path, step: int | None = None) -> Path:
+    """The newest checkpoint that `path` names, or the one of `step`.
+
+    Raises FileNotFoundError where there is none, saying what there is.
+    """
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: no such folder")
+    found = find_checkpoints(path)
+    if not found:
+        raise FileNotFoundError(
+            f"{path} holds no complete checkpoint; name a run folder, its checkpoints folder, or "
+            "one of the checkpoints in it"
+        )
+    if step is None:
+        return found[-1]
+    for folder in found:
+        if step_of(folder) == step:
+            return folder
+    steps = ", ".join(str(step_of(folder)) for folder in found)
+    raise FileNotFoundError(f"{path} holds no checkpoint of step {step}; there are {steps}")
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a save published this folder; its content may have been damaged since."""
+    return not path.name.endswith(".partial") and (path / FORMAT_FILE).is_file()
+
+
+def step_of(folder: Path) -> int:
+    """The step in a checkpoint's name; -1 where it has another name."""
+    found = _STEP.fullmatch(folder.name)
+    return int(found[1]) if found else -1
+
+
+def others(path: Path) -> dict[Path, str]:
+    """Folders beside those checkpoints that look like one -> what they are."""
+    folders = [f for f in (path / "checkpoints", path) if f.is_dir()]
+    found = {}
+    for folder in sorted(p for parent in folders for p in parent.iterdir() if p.is_dir()):
+        if _SOMETHING_ELSE.fullmatch(folder.name):
+            damaged = ".damaged" in folder.name
+            found[folder] = "damaged, set aside by a run" if damaged else "unfinished save"
+        elif _STEP.fullmatch(folder.name) and not is_checkpoint(folder):
+            found[folder] = f"damaged: {FORMAT_FILE} is missing"
+    return found
+
+
+def run_folder_of(checkpoint: Path) -> Path | None:
+    """The run that a checkpoint belongs to, None for one that lies by itself."""
+    folder = checkpoint.resolve().parent.parent
+    return folder if list(_settings_in(folder)) else None
+
+
+def settings_file(checkpoint: Path) -> Path | None:
+    """The settings a checkpoint was made with: beside its files, or the newest of its run."""
+    folders = [checkpoint, *filter(None, [run_folder_of(checkpoint)])]
+    for folder in folders:
+        found = sorted(_settings_in(folder), key=lambda p: (p.stat().st_mtime, p.name))
+        if found:
+            return found[-1]
+    return None
+
+
+def _settings_in(folder: Path) -> Iterator[Path]:
+    return folder.glob("config*.yaml")
+
+
+def facts_of(folder: Path, losses: dict[int, tuple[str, float]]) -> Facts:
+    """What a checkpoint says about itself; compares sizes, and reads no tensor and no checksum."""
+    state: dict[str, Any] = {}
+    model = None
+    problems = problems_of(folder, checksums=False)
+    sound = SOUND
+    if is_unverifiable(folder, problems):
+        problems, sound = [], UNVERIFIED
+    try:
+        plain = CheckpointReader(folder).plain
+        state = plain.get("train_state") or {}
+        model = (plain.get("identity") or {}).get("model")
+    except ValueError as error:
+        problems = problems or [str(error)]
+    files = [path.stat() for path in folder.rglob("*") if path.is_file()]
+    step = state.get("step", step_of(folder) if step_of(folder) >= 0 else None)
+    return Facts(
+        folder=folder,
+        bytes=sum(file.st_size for file in files),
+        saved=datetime.fromtimestamp((folder / FORMAT_FILE).stat().st_mtime),
+        step=step,
+        tokens=state.get("consumed_tokens"),
+        loss=losses.get(step) if step is not None else None,
+        model=model,
+        state=f"damaged: {problems[0]}" if problems else sound,
+    )
+
+
+def problems_of(folder: Path, *, checksums: bool) -> list[str]:
+    """What is wrong with the files of a checkpoint according to its manifest, one line each."""
+    try:
+        return verify(folder, checksums=checksums)
+    except NewerManifestError as error:
+        return [str(error)]
+
+
+def is_unverifiable(folder: Path, problems: list[str]) -> bool:
+    """Whether it has no manifest because it was saved before there were any."""
+    if problems != [MISSING]:
+        return False
+    try:
+        return "format" not in CheckpointReader(folder).plain
+    except ValueError:
+        return False
+
+
+def structural_problems(folder: Path) -> list[str]:
+    """What is wrong with a checkpoint according to its own index."""
+    try:
+        return CheckpointReader(folder).problems()
+    except ValueError as error:
+        return [str(error)]
+
+
+def losses_of(run: Path | None) -> dict[int, tuple[str, float]]:
+    """Step -> (kind, loss) out of a run's metrics: validation, or else training."""
+    path = run / "metrics.jsonl" if run is not None else None
+    if path is None or not path.is_file():
+        return {}
+    losses: dict[int, tuple[str, float]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+            step = record["step"]
+        except (ValueError, TypeError, KeyError):
+            continue  # cut off by a kill
+        for kind in ("train", "eval"):
+            loss = record.get(f"{kind}/loss")
+            if loss is not None and (kind == "eval" or losses.get(step, ("train",))[0] == "train"):
+                losses[step] = (kind, float(loss))
+    return losses

@@ -1,0 +1,304 @@
+"""Weights of another program as a run folder of ours: config.yaml and a checkpoint of step 0.
+
+One process. Memory: the model in fp32, and the foreign weights, memory-mapped (TorchScale) or one
+at a time (Megatron-LM). Everything in the file is used, or is known to follow from the settings, or
+is named in an error; so is everything that our model lacks. Nothing is loaded in parts.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from models.build import build_model
+from models.config import Activation, ModelConfig, PositionEmbedding
+from models.foreign_weights import OUTPUT, Origin, Recipe, recipes
+from models.initialize import EMBEDDING
+from models.parameter_count import padded_vocab_size
+from models.xpos import xpos_decay
+from parallel import checkpoint_io
+from parallel.checkpoint_reader import CheckpointReader, StoredWeights
+from parallel.config import ParallelConfig, Precision
+from parallel.engine import checkpoint_metadata
+from parallel.new_folder import new_folder
+from parallel.runtime import initialize, shutdown
+from parallel.safe_pickle import Record
+from pretrain.checkpoint import FORMAT
+from pretrain.config import PretrainConfig
+from pretrain.run import model_identity
+from pretrain.train_state import TrainState
+
+SHOWN = 8  # names in an error
+REPORT_FILE = "import.json"
+
+
+class WeightsError(ValueError):
+    """Weights that are not those of the model, with the names."""
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """Weights of another program, by its names."""
+
+    shapes: dict[str, tuple[int, ...]]
+    read: Callable[[str], Tensor]
+    args: dict[str, Any]  # the settings it was trained with, as far as the file has them
+
+
+def import_weights(
+    origin: Origin,
+    path: Path,
+    config: PretrainConfig,
+    out: Path,
+    *,
+    rotary_interleaved: bool | None = None,
+) -> dict[str, Any]:
+    """Write the run folder `out`; returns what is in its import.json.
+
+    Args:
+        path: TorchScale: a state dict by torch.save, alone or under "model", names with or without
+            "decoder." in front. Megatron-LM: a torch_dist folder (iter_0001000).
+        config: with the model that the weights are of. model.vocab_size=None: the embedding's rows.
+        rotary_interleaved: Megatron-LM's setting; None: what the checkpoint says, else False.
+
+    Raises:
+        FileNotFoundError, FileExistsError: there is no `path`, or there is an `out`.
+        WeightsError: names or shapes do not fit, or the file contradicts the settings.
+        ValueError: the file is damaged or not harmless.
+    """
+    foreign = open_torchscale(path) if origin is Origin.torchscale else open_megatron(path)
+    model = replace(
+        config.model, vocab_size=config.model.vocab_size or _rows(origin, foreign, path)
+    )
+    if origin is Origin.megatron:
+        _check_megatron_args(foreign.args, model)
+        if rotary_interleaved is None:
+            rotary_interleaved = bool(foreign.args.get("rotary_interleaved", False))
+    with new_folder(out) as partial:
+        report = _write(origin, foreign, model, config, partial, bool(rotary_interleaved))
+        (partial / REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n")
+        written = replace(config, model=model, run_dir=str(out))
+        yaml = OmegaConf.to_yaml(OmegaConf.structured(written))
+        (partial / "config.yaml").write_text(yaml)
+    return report
+
+
+def _write(
+    origin: Origin,
+    foreign: Foreign,
+    model: ModelConfig,
+    config: PretrainConfig,
+    folder: Path,
+    rotary_interleaved: bool,
+) -> dict[str, Any]:
+    assert model.vocab_size is not None
+    parallel = ParallelConfig(precision=Precision.fp32)
+    runtime = initialize(parallel, seed=0)
+    try:
+        size = model.vocab_size
+        chunk = build_model(model, parallel, runtime, vocab_size=size, seed=0)[0]
+        # aliases of the parameters, and the buffers that are saved; None: megatron-core's extras
+        targets = {n: t for n, t in chunk.state_dict().items() if torch.is_tensor(t)}
+        found = recipes(
+            origin, model, targets, foreign.shapes, rotary_interleaved=rotary_interleaved
+        )
+        derived = _derived(foreign, model)
+        _check_names(found, foreign, derived)
+        _fill(targets, found, foreign)
+        checkpoint_io.save(
+            {
+                "model0": chunk.sharded_state_dict(metadata=checkpoint_metadata()),
+                "format": FORMAT,
+                "train_state": TrainState().to_dict(),
+                "identity": {"model": model_identity(model, size)},
+            },
+            folder / "checkpoints" / "step_00000000",
+            metadata=checkpoint_metadata(),
+        )
+    finally:
+        shutdown(runtime)
+    return {
+        "origin": origin.value,
+        "rotary_interleaved": rotary_interleaved if origin is Origin.megatron else None,
+        "parameters": sum(target.numel() for target in targets.values()),
+        "weights": {ours: list(recipe.names) for ours, recipe in found.items()},
+        "follow_from_settings": derived,
+        "vocabulary": {
+            "ours": size,
+            "rows": padded_vocab_size(size, model.make_vocab_size_divisible_by),
+        },
+    }
+
+
+# ---------------------------------------------------------------- opening
+
+
+def open_torchscale(path: Path) -> Foreign:
+    """A state dict in a file of torch.save, read without running what it may contain."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch raises UnpicklingError, RuntimeError, ...
+        raise ValueError(
+            f"{path} cannot be read as weights alone: {str(error).splitlines()[0]}. It must hold a "
+            'state dict, alone or under "model"'
+        ) from error
+    state = content.get("model", content) if isinstance(content, dict) else content
+    if not isinstance(state, dict) or not state:
+        raise WeightsError(f"{path} holds no state dict")
+    strangers = [str(name) for name, value in state.items() if not torch.is_tensor(value)]
+    if strangers:
+        raise WeightsError(f"{path}: these are no tensors: {_few(strangers)}")
+    weights = {str(name).removeprefix("decoder."): value for name, value in state.items()}
+    return Foreign({n: tuple(w.shape) for n, w in weights.items()}, weights.__getitem__, {})
+
+
+def open_megatron(path: Path) -> Foreign:
+    """A checkpoint of Megatron-LM; its optimizer and its settings' classes are left alone."""
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: no such folder")
+    reader = CheckpointReader(path)
+    weights = StoredWeights(reader)
+    shapes = {
+        name: shape
+        for name, shape in weights.shapes().items()
+        if not name.startswith("chained_")  # optimizers of several parts
+    }
+    args = reader.foreign_plain.get("args")
+    known = args.state if isinstance(args, Record) and isinstance(args.state, dict) else {}
+    return Foreign(shapes, weights.read, dict(known))
+
+
+def _rows(origin: Origin, foreign: Foreign, path: Path) -> int:
+    name = "embed_tokens.weight" if origin is Origin.torchscale else EMBEDDING
+    if name not in foreign.shapes:
+        raise WeightsError(f"{path} has no {name}: it is not a decoder of {origin.value}")
+    return foreign.shapes[name][0]
+
+
+# ---------------------------------------------------------------- comparing names
+
+
+def _derived(foreign: Foreign, model: ModelConfig) -> list[str]:
+    """Foreign tensors that follow from the settings, each compared with what follows."""
+    found = []
+    for name in foreign.shapes:
+        if name.endswith("self_attn.xpos.scale"):
+            uses = model.position_embedding_type is PositionEmbedding.xpos
+            value = foreign.read(name).double()
+            if not uses or value.shape != (model.head_width // 2,):
+                continue
+            if not torch.allclose(value, xpos_decay(model.head_width), atol=1e-6):
+                raise WeightsError(f"{name} is not xPos' decay with γ = 0.4, which ours is")
+            found.append(name)
+    shared = model.share_embeddings_and_output_weights
+    for output, embedding in (
+        ("output_projection.weight", "embed_tokens.weight"),
+        (OUTPUT, EMBEDDING),
+    ):
+        if shared and output in foreign.shapes and embedding in foreign.shapes:
+            if not torch.equal(foreign.read(output), foreign.read(embedding)):
+                raise WeightsError(
+                    f"{output} is not {embedding}, and "
+                    "model.share_embeddings_and_output_weights=true; set it to false"
+                )
+            found.append(output)
+    return sorted(found)
+
+
+def _check_names(found: Mapping[str, Recipe], foreign: Foreign, derived: list[str]) -> None:
+    used = {name for recipe in found.values() for name in recipe.names}
+    missing = sorted(
+        f"{ours} (from {lacking[0]}{f' and {len(lacking) - 1} more' * (len(lacking) > 1)})"
+        for ours, recipe in found.items()
+        if (lacking := [name for name in recipe.names if name not in foreign.shapes])
+    )
+    unread = sorted(set(foreign.shapes) - used - set(derived))
+    problems = [
+        f"  {what} ({len(names)}): {_few(names)}"
+        for what, names in {"our model lacks": missing, "theirs that nobody reads": unread}.items()
+        if names
+    ]
+    if problems:
+        raise WeightsError(
+            "these are not the weights of this model:\n"
+            + "\n".join(problems)
+            + "\nSet the model that they are of (+model=..., model.*=...)."
+        )
+
+
+def _fill(targets: Mapping[str, Tensor], found: Mapping[str, Recipe], foreign: Foreign) -> None:
+    problems = []
+    with torch.no_grad():
+        for name, target in targets.items():
+            recipe = found[name]
+            try:
+                value = recipe.make([foreign.read(source) for source in recipe.names])
+            except RuntimeError as error:  # heads that do not divide, experts of several shapes
+                problems.append(f"{name}: {str(error).splitlines()[0]}")
+                continue
+            if name in (EMBEDDING, OUTPUT) and value.shape[1:] == target.shape[1:]:
+                rows = min(len(value), len(target))  # both sides pad the vocabulary, each its way
+                target[:rows].copy_(value[:rows])
+                target[rows:].zero_()
+            elif value.shape == target.shape:
+                target.copy_(value)
+            else:
+                problems.append(f"{name}: {list(value.shape)}, ours is {list(target.shape)}")
+    if problems:
+        raise WeightsError(
+            f"weights of other shapes ({len(problems)}):\n  "
+            + "\n  ".join(problems[:SHOWN])
+            + "\nSet the model that they are of (+model=..., model.*=...)."
+        )
+
+
+def _check_megatron_args(args: Mapping[str, Any], model: ModelConfig) -> None:
+    """What weights do not show; only where the checkpoint has its settings."""
+    positions = {"rope": PositionEmbedding.rope, "none": PositionEmbedding.none}
+    ours: dict[str, Any] = {
+        "num_layers": model.num_layers,
+        "num_attention_heads": model.num_attention_heads,
+        "norm_epsilon": model.layernorm_epsilon,
+        "rotary_base": model.rotary_base,
+        "normalization": model.normalization.value,
+        "swiglu": model.activation is Activation.swiglu,
+        "apply_layernorm_1p": False,
+        "squared_relu": False,
+        "moe_router_topk": model.moe.router_topk,
+        "rotary_percent": 1.0,
+    }
+    problems = []
+    if "position_embedding_type" in args:
+        theirs = args["position_embedding_type"]
+        if positions.get(theirs) is not model.position_embedding_type:
+            problems.append(
+                f"position_embedding_type={theirs}, "
+                f"model.position_embedding_type={model.position_embedding_type.value}"
+            )
+    for name, wanted in ours.items():
+        if name not in args or (name.startswith("moe_") and not model.moe.num_experts):
+            continue
+        theirs = args[name]
+        close = isinstance(theirs, int | float) and isinstance(wanted, int | float)
+        equal = math.isclose(theirs, wanted, rel_tol=1e-6) if close else theirs == wanted
+        if not equal:
+            problems.append(f"{name}={theirs}, ours {wanted}")
+    if problems:
+        raise WeightsError(
+            "the checkpoint's settings are not those of this model: " + "; ".join(problems)
+        )
+
+
+def _few(names: list[str]) -> str:
+    more = f", and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more

@@ -1,0 +1,143 @@
+"""One run at a time writes a run folder, also where several machines share it.
+
+Two jobs on one folder would publish each other's checkpoints and mix their metrics. The first one
+leaves its name in `run_dir`/lock and renews the file's time stamp while it runs; the second is
+refused before it trains. Imports neither torch nor megatron-core.
+"""
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from data.folder_lock import LockFile, is_dead, is_local, lock_age, read_lock
+
+HEARTBEAT_SECONDS = 5.0
+# A holder on another machine counts as dead after so long without a heartbeat: twelve missed ones.
+# NFS shows a file's time stamp anew when the file is opened, and it is opened for each look.
+STALE_SECONDS = 60.0
+
+_LOCK = "lock"
+_POLL_SECONDS = 0.2
+
+
+class RunFolderBusyError(RuntimeError):
+    """Another run writes the run folder; the message names it."""
+
+
+class RunLock:
+    """Holds a run folder; a context manager for the one process of a run that writes there.
+
+    Whose lock is taken over:
+
+    - on this machine: of a process that is no longer there, at once;
+    - of this very SLURM job before it was requeued, at once: SLURM has ended it;
+    - on another machine: once its heartbeats have stayed away for STALE_SECONDS. A start waits
+      until it has seen either a heartbeat or that.
+
+    A run that lost its lock (it was suspended, or cut off from the file system, for longer) must
+    stop: `check` says so.
+
+    Args:
+        run_dir: made if need be.
+
+    Raises RunFolderBusyError on entering where another one lives, OSError where the folder cannot
+    be written.
+    """
+
+    def __init__(self, run_dir: str | Path) -> None:
+        self.run_dir = Path(run_dir)
+        self.lost = False
+        self.on_heartbeat: Callable[[], None] | None = None  # called after each one, from a thread
+        self._job = slurm_job()
+        self._file = LockFile(self.run_dir / _LOCK, since=time.time(), **self._job)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._beat, daemon=True, name="run folder lock")
+
+    def __enter__(self) -> "RunLock":
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        first_look: tuple[Any, float] | None = None
+        while not self._file.take(self._gives_way):
+            holder = read_lock(self._file.path)
+            if holder is None:
+                continue
+            look = (holder.get("token"), self._time_stamp())
+            if first_look is None:
+                first_look = look
+                if not is_local(holder):
+                    print(f"{self._describe(holder)}: waiting for a sign of life", flush=True)
+            if is_local(holder) or look != first_look:
+                raise RunFolderBusyError(
+                    f"run_dir={self.run_dir} is being written by {self._describe(holder)}; let "
+                    "that run end, stop it, or choose another run_dir"
+                )
+            time.sleep(_POLL_SECONDS)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._stop.set()
+        self._thread.join()  # or it might renew what is given back
+        with suppress(OSError):
+            self._file.give_back()
+
+    def check(self) -> None:
+        """Raises RunFolderBusyError once another run has taken the folder over. Costs nothing."""
+        if not self.lost:
+            return
+        holder = read_lock(self._file.path)
+        by = self._describe(holder) if holder else "another run"
+        raise RunFolderBusyError(
+            f"run_dir={self.run_dir} was taken over by {by}: this run gave no sign of life for "
+            f"{STALE_SECONDS:g} s. It ends here, without saving"
+        )
+
+    def _gives_way(self, path: Path, holder: dict[str, Any]) -> bool:
+        job, restarts = self._job["slurm_job_id"], self._job["slurm_restart_count"]
+        same_job = job is not None and holder.get("slurm_job_id") == job
+        if same_job and holder.get("slurm_restart_count") != restarts:
+            return True
+        return is_dead(path, holder, STALE_SECONDS)
+
+    def _beat(self) -> None:
+        while not self._stop.wait(HEARTBEAT_SECONDS):
+            with suppress(OSError):  # a file system that has hiccups
+                if not self._file.renew():
+                    self.lost = True
+                    return
+            if self.on_heartbeat is not None:
+                self.on_heartbeat()
+
+    def _time_stamp(self) -> float:
+        with suppress(OSError):
+            return self._file.path.stat().st_mtime
+        return 0.0
+
+    def _describe(self, holder: dict[str, Any]) -> str:
+        if not {"since", "pid", "host"} <= holder.keys():
+            return "a process that has not written its name yet"
+        job = holder.get("slurm_job_id")
+        since = datetime.fromtimestamp(holder["since"], UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+        return (
+            f"process {holder['pid']} on {holder['host']}"
+            + (f" (SLURM job {job})" if job else "")
+            + f" since {since}, last heartbeat {lock_age(self._file.path):.0f} s ago"
+        )
+
+
+def slurm_job() -> dict[str, Any]:
+    """Job id and how often SLURM has requeued it, for files that name a run; None outside SLURM."""
+    return {
+        "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
+        "slurm_restart_count": os.environ.get("SLURM_RESTART_COUNT", "0"),
+    }

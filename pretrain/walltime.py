@@ -1,0 +1,118 @@
+"""A run stops by itself before its time is up: the end of a SLURM job, or one given in settings.
+
+Better than waiting for the batch system's signal: the run knows how long its steps and saves take.
+Imports neither torch nor megatron-core.
+"""
+
+import math
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import psutil  # type: ignore[import-untyped]
+
+WALLTIME = "walltime"  # what stopped a run, where signals are named by their names
+
+_DAYS_AND_CLOCK = re.compile(r"(?:(\d+)-)?(\d+):([0-5]\d):([0-5]\d)")
+# YAML reads an unquoted 12:00:00 as a number to the base of 60. The smallest it makes of hours,
+# minutes and seconds is this; numbers below can only have been meant as minutes.
+_LONGEST_IN_MINUTES = 3600
+
+
+def walltime_seconds(text: str) -> float:
+    """ "[D-]HH:MM:SS" or whole minutes, as batch systems take them, in seconds.
+
+    Raises ValueError for anything else, for zero, and for 3600 minutes or more.
+    """
+    if match := _DAYS_AND_CLOCK.fullmatch(text):
+        days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+        total = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+    elif text.isdecimal() and int(text) < _LONGEST_IN_MINUTES:
+        total = 60 * int(text)
+    elif text.isdecimal():
+        raise ValueError(
+            f"is {int(text) // 60} hours if it means minutes; write [D-]HH:MM:SS, in a YAML file "
+            "in quotes: unquoted, YAML takes 12:00:00 for the number 43200"
+        )
+    else:
+        raise ValueError("must be [D-]HH:MM:SS, such as 23:30:00, or minutes, such as 90")
+    if total == 0:
+        raise ValueError("must be longer than nothing; leave it out for a run without an end")
+    return float(total)
+
+
+def end_of_time(
+    walltime: str | None, environment: Mapping[str, str], started: float | None = None
+) -> float | None:
+    """Unix seconds at which this process will have to be gone; None: never.
+
+    The earlier of `walltime` after the start and SLURM's own end of the job. The start is that of
+    the SLURM job, so that restarts within a job do not begin to count anew, else the process's.
+
+    Args:
+        environment: of the process; SLURM_JOB_START_TIME and SLURM_JOB_END_TIME are looked up.
+        started: when the process started; None: asks the operating system.
+    """
+    ends = []
+    if walltime is not None:
+        begin = environment.get("SLURM_JOB_START_TIME") or started or psutil.Process().create_time()
+        ends.append(float(begin) + walltime_seconds(walltime))
+    if end := environment.get("SLURM_JOB_END_TIME"):
+        ends.append(float(end))
+    return min(ends, default=None)
+
+
+class WallTime:
+    """How much of the run's time is left, and whether that is enough for one more step.
+
+    One rank asks and tells the others: clocks of hosts differ.
+
+    Args:
+        end: Unix seconds; None: there is no end.
+        grace_seconds: kept free for whatever nobody has measured, such as ending the processes.
+        clock: Unix seconds now.
+    """
+
+    def __init__(
+        self,
+        end: float | None = None,
+        grace_seconds: float = 0.0,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.end = math.inf if end is None else end
+        self.grace_seconds = grace_seconds
+        self._clock = clock
+        self._seconds = dict.fromkeys(("step", "save", "evaluation"), 0.0)
+
+    @property
+    def left(self) -> float:
+        """Seconds until the end; infinite where there is none."""
+        return self.end - self._clock()
+
+    @contextmanager
+    def measuring(self, what: str) -> Iterator[None]:
+        """Around a "step", a "save" or an "evaluation": the next one is expected to take as long.
+
+        Until the first save, saving counts as no time: the grace time has to be enough for one.
+        """
+        begin = self._clock()
+        yield
+        self.took(what, self._clock() - begin)
+
+    def took(self, what: str, seconds: float) -> None:
+        """What `measuring` notes, of a save that was written while training went on."""
+        self._seconds[what] = seconds
+
+    def is_up(self, *, saving: bool, evaluating: bool) -> bool:
+        """Ask before a step: must it be the last one?
+
+        It need not where, after it and what is due after it, the time is still enough for another
+        step, its save, and the grace time.
+
+        Args:
+            saving, evaluating: whether the run will do so after this step if it goes on.
+        """
+        step, save, evaluation = (self._seconds[key] for key in ("step", "save", "evaluation"))
+        until_asked_again = step + saving * save + evaluating * evaluation
+        return self.left - until_asked_again < self.grace_seconds + step + save

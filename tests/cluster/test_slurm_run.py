@@ -1,0 +1,205 @@
+"""launch.slurm and its batch script on a real SLURM, with several nodes on this machine."""
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from launch.slurm import main
+from launch.status import main as status_main
+from tests.cluster.slurm_lab import GPUS, SlurmLab, missing
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = ["+model=magneto_tiny", "cluster=lab", "nodes=2"]
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+pytestmark = pytest.mark.skipif(bool(missing()), reason=missing() or "SLURM is here")
+
+
+@dataclass
+class Run:
+    """A run folder, and the jobs that work on it."""
+
+    lab: SlurmLab
+    folder: Path
+
+    def submit(self, *words: str) -> list[str]:
+        """Job numbers, oldest first."""
+        assert main([*TINY, f"run_dir={self.folder}", *words, "--submit"]) == 0
+        lines = (self.folder / "slurm" / "submitted.jsonl").read_text().splitlines()
+        return [json.loads(line)["job_id"] for line in lines]
+
+    def wait_for_step(self, step: int) -> None:
+        def reached() -> bool:
+            path = self.folder / "status.json"
+            return path.exists() and json.loads(path.read_text())["step"] >= step
+
+        self.lab.wait(reached, 120)
+
+    def wait_for_end(self, job: str) -> str:
+        """The state in which the job ends."""
+        self.lab.wait(lambda: self.lab.job_state(job) in ENDED, 150)
+        return self.lab.job_state(job)
+
+    def log(self, job: str) -> str:
+        return (self.folder / "logs" / f"slurm-{job}.log").read_text()
+
+    def steps(self) -> dict[str, list[int]]:
+        """Steps the stand-in took, by how often SLURM had requeued the job before."""
+        starts: dict[str, list[int]] = {}
+        for line in (self.folder / "steps").read_text().splitlines():
+            step, start = line.split()
+            starts.setdefault(start, []).append(int(step))
+        return starts
+
+
+@pytest.fixture(scope="module")
+def environment() -> Iterator[pytest.MonkeyPatch]:
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def lab(environment: pytest.MonkeyPatch) -> Iterator[SlurmLab]:
+    with SlurmLab(nodes=8) as lab:
+        environment.setenv("SLURM_CONF", str(lab.conf))
+        yield lab
+
+
+@pytest.fixture(scope="module")
+def stand_in(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Words for launch.slurm that put tests/cluster/stand_in.py in Python's place."""
+    python = tmp_path_factory.mktemp("stand_in") / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} {ROOT}/tests/cluster/stand_in.py "$@"\n')
+    python.chmod(0o755)
+    return [
+        f"cluster.python={python}",
+        "train.train_steps=40",
+    ]
+
+
+@pytest.fixture(scope="module")
+def runs(
+    lab: SlurmLab, stand_in: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[Run, list[str]]]:
+    """Jobs that run beside each other, for each takes SLURM some seconds of doing nothing."""
+    words = {
+        "stopped": ["chain=2", "cluster.environment.HOLD_AT=7"],
+        "not requeued": ["cluster.max_requeues=0", "cluster.environment.HOLD_AT=7"],
+        "failing once": ["cluster.environment.FAIL_AT=1", "cluster.environment.FAIL_ONCE=1"],
+        "failing always": ["cluster.environment.FAIL_AT=1", "cluster.max_failures=2"],
+    }
+    started = {}
+    for name, extra in words.items():
+        run = Run(lab, tmp_path_factory.mktemp("runs") / "run")
+        started[name] = (run, run.submit(*stand_in, *extra))
+    for name in ("stopped", "not requeued"):
+        run, jobs = started[name]
+        run.wait_for_step(7)
+        lab.run("scancel", "--batch", "--signal=USR1", jobs[0])
+    return started
+
+
+def test_stopped_in_the_middle_it_goes_on_where_it_was(
+    runs: dict[str, tuple[Run, list[str]]],
+) -> None:
+    run, (job, _) = runs["stopped"]
+    assert run.wait_for_end(job) == "COMPLETED"
+    starts = run.steps()
+    assert starts == {"0": [*range(1, 8)], "1": [*range(8, 41)]}  # none lost, none twice
+    log = run.log(job)
+    assert "time is up" in log and "stopped before its last step; back into the queue" in log
+    assert f"from {run.folder}/checkpoints/step_00000007" in log
+
+
+def test_the_next_job_of_a_chain_waits_and_finds_nothing_to_do(
+    runs: dict[str, tuple[Run, list[str]]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, (_, second) = runs["stopped"]
+    assert run.wait_for_end(second) == "COMPLETED"
+    assert "nothing to do: the run has finished at step 40" in run.log(second)
+    assert not list(run.folder.glob(f"logs/slurm-{second}-node*"))
+    assert status_main([str(run.folder)]) == 0
+    told = capsys.readouterr().out
+    assert ": finished\n" in told and f"{second} COMPLETED" in told
+
+
+def test_a_site_that_does_not_requeue(runs: dict[str, tuple[Run, list[str]]]) -> None:
+    run, (job,) = runs["not requeued"]
+    assert run.wait_for_end(job) == "FAILED"
+    assert run.lab.job(job)["ExitCode"] == "75:0"
+    assert "not requeued, as cluster.max_requeues=0" in run.log(job)
+    assert json.loads((run.folder / "status.json").read_text())["state"] == "stopped"
+
+
+def test_a_failure_is_worth_another_try(runs: dict[str, tuple[Run, list[str]]]) -> None:
+    run, (job,) = runs["failing once"]
+    assert run.wait_for_end(job) == "COMPLETED"
+    assert run.steps()["1"][-1] == 40
+    assert "failed (the why is in" in run.log(job)
+    assert not (run.folder / "slurm" / "failures").exists()
+    assert "no memory left" in (run.folder / "logs" / f"slurm-{job}-node1.log").read_text()
+
+
+def test_failures_without_a_new_checkpoint_end_it(runs: dict[str, tuple[Run, list[str]]]) -> None:
+    run, (job,) = runs["failing always"]
+    assert run.wait_for_end(job) == "FAILED"
+    assert run.lab.job(job)["Restarts"] == "1"
+    assert "failure 2 without a new checkpoint; cluster.max_failures=2: given up" in run.log(job)
+
+
+def test_what_the_partitions_do_not_allow(
+    lab: SlurmLab, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*TINY, "cluster.partition=mian"]) == 2
+    assert "cluster.partition=mian: there is none; choose from main" in capsys.readouterr().err
+    too_much = ["nodes=9", "train.global_batch_size=9", "cluster.walltime=3-00:00:00"]
+    assert main([*TINY, "cluster.partition=main", *too_much]) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert told[0].startswith("error: nodes=9: cluster.partition=main has 8")
+    assert "use 2-00:00:00 or less" in told[1]
+    assert main([*TINY, "cluster.partition=main", "nodes=8"]) == 0
+
+
+def test_what_slurm_refuses_itself(
+    lab: SlurmLab, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*TINY, f"run_dir={tmp_path}/run", "--submit"]
+    assert main([*words, "cluster.sbatch_arguments=[--reservation=none]"]) == 1
+    assert "error: sbatch --parsable" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "slurm" / "submitted.jsonl").exists()
+
+
+def test_slurm_understands_every_line(
+    lab: SlurmLab, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = tmp_path / "job.sbatch"
+    site = ["cluster=gpu8_infiniband", "nodes=2", "parallel=tp8_sp"]
+    assert main(["+model=magneto_1b", *site, f"run_dir={tmp_path}/a run"]) == 0
+    script.write_text(capsys.readouterr().out)
+    told = lab.run("sbatch", "--test-only", str(script))
+    assert "to start at" in told and "on nodes n[" in told
+    job = lab.run("sbatch", "--parsable", "--hold", str(script))
+    seen = lab.job(job)
+    lab.run("scancel", job)
+    assert (seen["Requeue"], seen["TimeLimit"]) == ("1", "1-00:00:00")
+    assert seen["TresPerNode"] == f"gres:gpu:{GPUS}"
+    assert seen["Dependency"].startswith("singleton")
+
+
+@pytest.mark.slow
+def test_the_node_of_the_batch_script_dies(
+    stand_in: list[str], tmp_path: Path, environment: pytest.MonkeyPatch
+) -> None:
+    """The script dies with it; SLURM starts the job again on other nodes."""
+    with SlurmLab(nodes=3, node_timeout=10) as lab, environment.context() as patch:
+        patch.setenv("SLURM_CONF", str(lab.conf))
+        run = Run(lab, tmp_path / "run")
+        (job,) = run.submit(*stand_in, "cluster.environment.HOLD_AT=7")
+        run.wait_for_step(7)
+        lab.kill_node(lab.job(job)["BatchHost"])
+        assert run.wait_for_end(job) == "COMPLETED"
+        assert run.steps() == {"0": [*range(1, 8)], "1": [*range(6, 41)]}  # from the save at 5
+        assert lab.job(job)["NodeList"] == "n[2-3]"

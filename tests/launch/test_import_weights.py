@@ -1,0 +1,346 @@
+"""Weights of TorchScale and Megatron-LM become ours whole, or not at all."""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from launch import import_weights as command
+from models.config import (
+    Activation,
+    LayerNormPlacement,
+    ModelConfig,
+    Normalization,
+    PositionEmbedding,
+)
+from models.foreign_weights import Origin
+from models.moe_config import MoEConfig, RouterType
+from parallel.checkpoint_reader import CheckpointReader, StoredWeights
+from parallel.checkpoint_writer import new_checkpoint
+from parallel.config import ParallelConfig
+from parallel.runtime import initialize, shutdown
+from pretrain.checkpoint_list import find_checkpoint
+from pretrain.config import PretrainConfig
+from pretrain.generate import load_run_config
+from pretrain.import_weights import WeightsError, import_weights
+from tests.distributed import run_on_gloo
+from tests.stored_runs import live_logits, main_with, write_run
+from tests.torchscale_reference import decoder, integer_histograms
+
+VOCAB = 45  # of 48 rows here
+MODEL = ModelConfig(
+    name="imported",
+    num_layers=2,
+    hidden_size=32,
+    ffn_hidden_size=48,
+    num_attention_heads=4,
+    max_position_embeddings=32,
+    make_vocab_size_divisible_by=16,
+    share_embeddings_and_output_weights=False,
+)
+XMOE = replace(MODEL, moe=MoEConfig(num_experts=4, router=RouterType.torchscale_xmoe))
+MEGATRON = replace(
+    MODEL,
+    layer_norm_placement=LayerNormPlacement.pre_ln,
+    position_embedding_type=PositionEmbedding.rope,
+    num_query_groups=2,
+)
+IDS = torch.randint(VOCAB, (2, 17), generator=torch.Generator().manual_seed(3)).tolist()
+
+
+# ---------------------------------------------------------------- TorchScale
+
+
+def write_torchscale(path: Path, model: ModelConfig) -> Tensor:
+    """A state dict of TorchScale's decoder, every weight off its initial value; its logits."""
+    runtime = initialize(ParallelConfig(), 1)
+    torch.manual_seed(5)
+    reference = decoder(model, VOCAB, subln=True, xpos_rel_pos=True)
+    with torch.no_grad(), integer_histograms():
+        for parameter in reference.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        logits = reference(torch.tensor(IDS))[0]
+    state = {f"decoder.{name}": value for name, value in reference.state_dict().items()}
+    torch.save({"model": state}, path)
+    shutdown(runtime)
+    return logits
+
+
+def state_of(path: Path) -> dict[str, Tensor]:
+    return torch.load(path, weights_only=True)["model"]
+
+
+def settings(model: ModelConfig) -> PretrainConfig:
+    return PretrainConfig(model=model)
+
+
+@pytest.mark.parametrize("model", [MODEL, XMOE], ids=["Magneto", "X-MoE"])
+def test_torchscales_decoder_gives_the_same_logits(model: ModelConfig, tmp_path: Path) -> None:
+    state, out = tmp_path / "state.pt", tmp_path / "run"
+    expected = run_on_gloo(1, write_torchscale, state, model)[0]
+    report = run_on_gloo(1, import_weights, Origin.torchscale, state, settings(model), out)[0]
+    assert report["vocabulary"] == {"ours": VOCAB, "rows": 48}
+    assert report["follow_from_settings"] == [
+        f"layers.{layer}.self_attn.xpos.scale" for layer in range(2)
+    ]
+    used = {name for names in report["weights"].values() for name in names}
+    names = {name.removeprefix("decoder.") for name in state_of(state)}
+    assert used | set(report["follow_from_settings"]) == names
+    assert json.loads((out / "import.json").read_text()) == report
+    stored = load_run_config(out).model
+    assert stored == replace(model, vocab_size=VOCAB)
+    logits = run_on_gloo(1, live_logits, find_checkpoint(out), stored, IDS)[0]
+    assert expected.std() > 0.1
+    torch.testing.assert_close(logits, expected, rtol=0, atol=2e-5)
+    padding = StoredWeights(CheckpointReader(find_checkpoint(out))).read("output_layer.weight")
+    assert padding.shape[0] == 48 and not padding[VOCAB:].any()
+
+
+@pytest.fixture(scope="module")
+def torchscale(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("torchscale") / "state.pt"
+    run_on_gloo(1, write_torchscale, path, MODEL)
+    return path
+
+
+def rename(state: dict[str, Tensor]) -> None:
+    state["decoder.layers.0.ffn.third"] = state.pop("decoder.layers.0.ffn.fc1.weight")
+
+
+def other_decay(state: dict[str, Tensor]) -> None:
+    state["decoder.layers.1.self_attn.xpos.scale"] += 0.01
+
+
+def without_embedding(state: dict[str, Tensor]) -> None:
+    del state["decoder.embed_tokens.weight"]
+
+
+def a_number(state: dict[str, Any]) -> None:
+    state["decoder.version"] = 3.0
+
+
+@pytest.mark.parametrize(
+    ("change", "model", "said"),
+    [
+        (
+            rename,
+            MODEL,
+            r"our model lacks \(1\): decoder\.layers\.0\.mlp\.linear_fc1\.weight \(from "
+            r"layers\.0\.ffn\.fc1\.weight\)\n  theirs that nobody reads \(1\): "
+            r"layers\.0\.ffn\.third",
+        ),
+        (other_decay, MODEL, r"layers\.1\.self_attn\.xpos\.scale is not xPos' decay"),
+        (without_embedding, MODEL, r"has no embed_tokens\.weight: it is not a decoder of torchsc"),
+        (a_number, MODEL, r"these are no tensors: decoder\.version"),
+        (
+            dict,
+            replace(MODEL, num_layers=1),
+            r"nobody reads \(20\): layers\.1\.\S+, .* and 12 more",
+        ),
+        (
+            dict,
+            replace(MODEL, ffn_hidden_size=64),
+            r"\.linear_fc1\.weight: \[48, 32\], ours is \[6",
+        ),
+        (dict, replace(MODEL, num_attention_heads=2), r"xpos\.scale"),
+        (dict, replace(MODEL, num_attention_heads=3, kv_channels=8), r"linear_qkv\.weight: unflat"),
+        (dict, replace(MODEL, activation=Activation.swiglu), r"linear_fc1\.weight: \[48, 32\]"),
+        (
+            dict,
+            replace(MODEL, share_embeddings_and_output_weights=True),
+            r"output_projection\.weight is not embed_tokens\.weight, and model\.share_embed",
+        ),
+        (
+            dict,
+            XMOE,
+            r"nothing like|our model lacks \(\d+\): decoder\.layers\.1\.mlp\.experts\.fc1",
+        ),
+        (
+            dict,
+            replace(MODEL, moe=MoEConfig(num_experts=4, shared_expert_intermediate_size=8)),
+            r"our model lacks \(15\): .*\(from layers\.1\.moe_layer\.experts\.0\.fc1\.bias and 3",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_named(
+    torchscale: Path,
+    change: Callable[[dict[str, Any]], Any],
+    model: ModelConfig,
+    said: str,
+    tmp_path: Path,
+) -> None:
+    state = state_of(torchscale)
+    change(state)
+    torch.save(state, tmp_path / "state.pt")
+    text = run_on_gloo(1, refusal, Origin.torchscale, tmp_path / "state.pt", model, tmp_path / "o")
+    with pytest.raises(WeightsError, match=said):
+        raise WeightsError(text[0])
+    assert [path.name for path in tmp_path.iterdir()] == ["state.pt"]
+
+
+def refusal(origin: Origin, path: Path, model: ModelConfig, out: Path) -> str:
+    with pytest.raises(WeightsError) as error:
+        import_weights(origin, path, settings(model), out)
+    return str(error.value)
+
+
+def test_a_tied_output_is_read_once(torchscale: Path, tmp_path: Path) -> None:
+    state = state_of(torchscale)
+    state["decoder.output_projection.weight"] = state["decoder.embed_tokens.weight"]
+    torch.save(state, tmp_path / "state.pt")
+    tied = replace(MODEL, share_embeddings_and_output_weights=True)
+    place = Origin.torchscale, tmp_path / "state.pt", settings(tied), tmp_path / "run"
+    report = run_on_gloo(1, import_weights, *place)[0]
+    assert "output_projection.weight" in report["follow_from_settings"]
+
+
+class Trap:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+def test_files_are_read_without_running_them(tmp_path: Path) -> None:
+    path, trap = tmp_path / "state.pt", tmp_path / "trap"
+    torch.save({"model": Trap(trap)}, path)
+    with pytest.raises(ValueError, match="cannot be read as weights alone"):
+        import_weights(Origin.torchscale, path, settings(MODEL), tmp_path / "out")
+    assert not trap.exists()
+    torch.save([torch.ones(1)], path)
+    with pytest.raises(WeightsError, match="holds no state dict"):
+        import_weights(Origin.torchscale, path, settings(MODEL), tmp_path / "out")
+    for origin in Origin:
+        with pytest.raises(FileNotFoundError, match="no such f"):
+            import_weights(origin, tmp_path / "nothing", settings(MODEL), tmp_path / "out")
+
+
+# ---------------------------------------------------------------- Megatron-LM
+
+
+def write_megatron(
+    folder: Path, source: Path, model: ModelConfig, args: dict[str, Any], *, fused: bool
+) -> None:
+    """What Megatron-LM would have saved of the weights in our checkpoint `source`.
+
+    Names as in its GPTModel: `fused` with Transformer Engine's layers. RoPE in halves, unless the
+    args say rotary_interleaved. With an optimizer and a padded vocabulary.
+    """
+    weights = StoredWeights(CheckpointReader(source))
+    namespace = argparse.Namespace(**args)
+    with new_checkpoint(folder, {"args": namespace, "iteration": 7}) as writer:
+        for name, shape in weights.shapes().items():
+            value = weights.read(name)
+            if "linear_qkv" in name and not args.get("rotary_interleaved"):
+                d = model.head_width
+                heads = value.unflatten(0, (model.query_groups, -1, d)).clone()
+                turned = torch.cat([heads[:, :-1, 0::2], heads[:, :-1, 1::2]], dim=2)
+                value = torch.cat([turned, heads[:, -1:]], dim=1).flatten(0, 2)
+            if ".experts.fc1_" in name:
+                value = value.flatten(1, 2)
+            if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+                value = torch.cat([value, torch.zeros(16, shape[1])])
+            theirs = re.sub(r"\.experts\.(fc\d)_", r".experts.experts.linear_\1.", name)
+            if fused:
+                theirs = theirs.replace(
+                    "input_layernorm.", "self_attention.linear_qkv.layer_norm_"
+                ).replace("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_")
+            writer.add(theirs, tuple(value.shape), (0,) * value.dim(), value)
+        moment = torch.ones(3)
+        writer.add("chained_0.optimizer.state.exp_avg.x", (3,), (0,), moment)
+        writer.add("optimizer.state.exp_avg.x", (3,), (0,), moment)
+
+
+@pytest.mark.parametrize(
+    ("model", "args", "fused"),
+    [
+        (MEGATRON, {"rotary_interleaved": False, "num_layers": 2, "swiglu": False}, True),
+        (MEGATRON, {"rotary_interleaved": True}, False),
+        (
+            replace(
+                MEGATRON,
+                normalization=Normalization.rms_norm,
+                activation=Activation.swiglu,
+                add_bias_linear=False,
+                moe=MoEConfig(num_experts=4, router=RouterType.aux_free, router_topk=2),
+            ),
+            {"position_embedding_type": "rope", "swiglu": True, "moe_router_topk": 2},
+            False,
+        ),
+    ],
+    ids=["fused norms", "interleaved", "experts"],
+)
+def test_megatrons_weights_find_their_places(
+    model: ModelConfig, args: dict[str, Any], fused: bool, tmp_path: Path
+) -> None:
+    model = replace(model, vocab_size=VOCAB)
+    source = run_on_gloo(1, write_run, tmp_path / "source", model)[0]
+    write_megatron(tmp_path / "theirs", source, model, args, fused=fused)
+    place = Origin.megatron, tmp_path / "theirs", settings(model), tmp_path / "out"
+    report = run_on_gloo(1, import_weights, *place)[0]
+    assert report["rotary_interleaved"] is args.get("rotary_interleaved", False)
+    ours, found = (
+        StoredWeights(CheckpointReader(path))
+        for path in (source, find_checkpoint(tmp_path / "out"))
+    )
+    assert ours.shapes() == found.shapes()
+    for name in ours.shapes():
+        rows = (
+            VOCAB if name in ("embedding.word_embeddings.weight", "output_layer.weight") else None
+        )
+        assert torch.equal(ours.read(name)[:rows], found.read(name)[:rows]), name
+
+
+def test_settings_that_contradict_are_named(tmp_path: Path) -> None:
+    source = run_on_gloo(1, write_run, tmp_path / "source", replace(MEGATRON, vocab_size=VOCAB))[0]
+    args = {"normalization": "RMSNorm", "rotary_base": 10000, "position_embedding_type": "learned"}
+    write_megatron(tmp_path / "theirs", source, MEGATRON, args, fused=False)
+    with pytest.raises(WeightsError) as error:
+        import_weights(Origin.megatron, tmp_path / "theirs", settings(MEGATRON), tmp_path / "out")
+    assert str(error.value) == (
+        "the checkpoint's settings are not those of this model: position_embedding_type=learned, "
+        "model.position_embedding_type=rope; normalization=RMSNorm, ours LayerNorm"
+    )
+
+
+# ---------------------------------------------------------------- the command
+
+
+WORDS = [
+    "+model=magneto_tiny",
+    *("model.num_layers=2", "model.hidden_size=32", "model.ffn_hidden_size=48"),
+    *("model.max_position_embeddings=32", "model.share_embeddings_and_output_weights=false"),
+]
+
+
+def test_the_command_imports(torchscale: Path, tmp_path: Path) -> None:
+    words = ["torchscale", str(torchscale), str(tmp_path / "run"), *WORDS]
+    assert run_on_gloo(1, main_with, command.main, words) == [0]
+    report = json.loads((tmp_path / "run/import.json").read_text())
+    assert len(report["weights"]) == 36 and report["parameters"] == 23_584
+    assert load_run_config(tmp_path / "run").run_dir == str(tmp_path / "run")
+
+
+def test_the_command_refuses_in_one_line(torchscale: Path, tmp_path: Path) -> None:
+    def said(*words: Any) -> str:
+        ended = subprocess.run(
+            [sys.executable, "-m", "launch.import_weights", *map(str, words)],
+            capture_output=True,
+            text=True,
+        )
+        assert ended.returncode == 2
+        assert ended.stderr.startswith("error: ") and ended.stderr.count("\n") == 1
+        return ended.stderr
+
+    assert "exists already" in said("torchscale", torchscale, tmp_path, *WORDS)
+    assert "model.layers" in said("torchscale", torchscale, tmp_path / "y", "model.layers=2")

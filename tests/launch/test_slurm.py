@@ -1,0 +1,313 @@
+"""Words of launch.slurm -> a batch script or an answer; SLURM itself is in tests/cluster."""
+
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from launch.config import ClusterConfig
+from launch.slurm import SITES, load_cluster, main
+from launch.slurm_script import BODY
+from parallel.config import ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = ["+model=magneto_tiny", "cluster=lab", "nodes=2"]
+
+
+@pytest.fixture(autouse=True)
+def no_slurm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A machine without SLURM's commands, and a folder to be in."""
+    bash = shutil.which("bash")
+    assert bash is not None
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "bash").symlink_to(bash)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.chdir(tmp_path)
+
+
+def script_of(*words: str, capsys: pytest.CaptureFixture[str]) -> str:
+    assert main([*TINY, *words]) == 0
+    return capsys.readouterr().out
+
+
+def refused(*words: str, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """The problems that are told; nothing may be written or printed for them."""
+    assert main(words) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert sorted(path.name for path in Path.cwd().iterdir()) == ["bin"]
+    return [line.removeprefix("error: ") for line in told.err.splitlines()]
+
+
+def option(script: str, name: str) -> str | None:
+    lines = [line for line in script.splitlines() if line.startswith(f"#SBATCH --{name}")]
+    assert len(lines) <= 1
+    return lines[0].removeprefix(f"#SBATCH --{name}").removeprefix("=") if lines else None
+
+
+def array(script: str, name: str, equals: str = "=(") -> list[str]:
+    """The words of a variable of the script, as bash reads them."""
+    line = next(line for line in script.splitlines() if line.startswith(name + equals))
+    return shlex.split(line.removeprefix(name + equals).removesuffix(")"))
+
+
+def test_a_dry_run_shows_script_and_cost_and_writes_nothing(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ("+model=magneto_1b", "parallel=tp8_sp", "cluster=gpu8_infiniband", "nodes=8")
+    batch = ("train.global_batch_size=64", "cluster.walltime=2-12:00:00", "chain=2", "--dry-run")
+    assert main([*words, *batch]) == 0
+    told = capsys.readouterr()
+    for fact in (
+        "magneto_1b, 1,000 steps of 64 sequences",
+        "8 nodes x 8 GPUs = 64 GPUs, 64 processes",
+        "3,840.0 GPU-hours",
+        "2 jobs, at most 7,680.0 GPU-hours",
+        "add --submit",
+    ):
+        assert fact in told.err
+    assert told.out.startswith("#!/bin/bash\n") and told.out.endswith(BODY.read_text())
+    assert option(told.out, "nodes") == "8"
+    assert option(told.out, "ntasks-per-node") == "1"
+    assert option(told.out, "gpus-per-node") == "8"
+    assert option(told.out, "time") == "2-12:00:00"
+    assert option(told.out, "exclusive") == ""
+    assert "export NCCL_SOCKET_IFNAME=ib\n" in told.out
+    assert not list(Path.cwd().glob("runs"))
+
+
+def test_what_slurm_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    script = script_of("run_dir=a run", "fault_tolerance.grace_seconds=90.4", capsys=capsys)
+    assert option(script, "signal") == "B:USR1@90"
+    assert option(script, "output") == f'"{Path.cwd()}/a run/logs/slurm-%j.log"'
+    assert option(script, "open-mode") == "append"
+    assert option(script, "dependency") == "singleton"
+    assert option(script, "requeue") == "" and option(script, "no-requeue") is None
+    assert option(script, "partition") is None and option(script, "gpus-per-node") is None
+    # one name for a run folder, another for any other
+    name, other = option(script, "job-name"), script_of("run_dir=b", capsys=capsys)
+    assert name == option(script_of("run_dir=a run", capsys=capsys), "job-name")
+    assert name != option(other, "job-name")
+    once = script_of("cluster.max_requeues=0", capsys=capsys)
+    assert option(once, "no-requeue") == "" and option(once, "requeue") is None
+
+
+def test_words_arrive_as_they_were_typed(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["wandb.tags=[a,'b c']", "data.mixture.weighting=temperature", 'run_dir="it\'s $HOME"']
+    script = script_of(*words, capsys=capsys)
+    entry, *typed = array(script, "TRAINING")
+    assert entry == str(ROOT / "launch" / "pretrain.py")
+    assert typed == ["+model=magneto_tiny", *words]
+    assert array(script, "TORCHRUN")[:3] == [sys.executable, "-m", "torch.distributed.run"]
+
+
+def test_what_a_site_adds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    site = tmp_path / "bin" / "ours.yaml"
+    site.write_text(
+        "partition: gpu\naccount: llm\nqos: long\nconstraint: a100&ib\n"
+        "gpus_per_node: 4\ngpu_type: a100\nprocesses_per_node: 2\ncpus_per_node: 32\n"
+        "memory_per_node: 480G\nwalltime: '90'\nmax_restarts: 2\n"
+        "python: /env/bin/python\ncontainer: apptainer exec --nv image.sif\n"
+        "setup: [module load cuda, source /env/bin/activate]\n"
+        "sbatch_arguments: [--reservation=llm]\nsrun_arguments: [--mpi=none]\n"
+    )
+    main(["+model=magneto_tiny", f"cluster={site}", "nodes=2"])
+    script = capsys.readouterr().out
+    told = {
+        "partition": "gpu",
+        "account": "llm",
+        "qos": "long",
+        "constraint": "a100&ib",
+        "gpus-per-node": "a100:4",
+        "cpus-per-task": "32",
+        "mem": "480G",
+        "time": "90",
+        "reservation": "llm",
+    }
+    assert {name: option(script, name) for name in told} == told
+    setup = script.index("set -e"), script.index("module load cuda"), script.index("set +e")
+    assert list(setup) == sorted(setup)
+    assert array(script, "CONTAINER") == ["apptainer", "exec", "--nv", "image.sif"]
+    assert array(script, "SRUN")[-2:] == ["--cpus-per-task=32", "--mpi=none"]
+    torchrun = array(script, "TORCHRUN")
+    assert torchrun[0] == "/env/bin/python"
+    assert {"--nproc-per-node=2", "--max-restarts=2", "--rdzv-backend=c10d"} < set(torchrun)
+
+
+def test_the_script_is_bash(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    script = tmp_path / "bin" / "job.sh"
+    script.write_text(script_of('run_dir="it\'s $HOME"', capsys=capsys))
+    subprocess.run(["/bin/bash", "-n", script], check=True)
+    assert array(script.read_text(), "RUN_DIR", "=") == [f"{Path.cwd()}/it's $HOME"]
+
+
+AGENT = "import subprocess, sys; sys.exit(subprocess.call(sys.argv[1:], start_new_session=True))"
+WORKER = """
+import pathlib, signal, sys, time
+stopped = []
+signal.signal(signal.SIGUSR1, lambda number, frame: stopped.append(number))
+pathlib.Path("up").touch()
+end = time.monotonic() + 90
+while not stopped and time.monotonic() < end:
+    time.sleep(0.01)
+sys.exit(7 if stopped else 1)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_workers_hear_what_only_the_shell_of_their_node_was_told(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As under control groups, where SLURM signals the process it started and no other."""
+    on_node = BODY.read_text().partition("on_node() {")[2].partition("\n}\n")[0]
+    agent = [sys.executable, "-c", AGENT, sys.executable, "-c", WORKER]
+    script = f"TORCHRUN=({shlex.join(agent)})\non_node() {{{on_node}\n}}\non_node"
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    with subprocess.Popen(["/bin/bash", "-c", script], cwd=tmp_path) as shell:
+        try:
+            while not (tmp_path / "up").exists():
+                assert shell.poll() is None
+                time.sleep(0.01)
+            shell.send_signal(number)
+            assert shell.wait(60) == 7  # the worker's, through agent and shell
+        finally:
+            shell.kill()
+
+
+def test_shellcheck_finds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    if shutil.which("shellcheck") is None:
+        pytest.skip("no shellcheck here (apt-get install shellcheck)")
+    # SC2154: variables that launch/slurm_script.py puts in front; SC2317: a function sent elsewhere
+    command = ["shellcheck", "--shell=bash", "--exclude=SC2154,SC2317", str(BODY)]
+    checked = subprocess.run(command, capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stdout
+
+
+def test_all_that_does_not_fit_is_told_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    told = refused(
+        *("+model=magneto_tiny", "cluster=labb", "nodes=0", "chain=x", "train.train_step=5"),
+        capsys=capsys,
+    )
+    assert [line.split(" ")[0] for line in told] == [
+        "nodes=0",
+        "chain=x",
+        "cluster=labb:",
+        "train.train_step=5:",
+    ]
+    assert "did you mean cluster=lab?" in told[2] and "gpu8_infiniband" in told[2]
+
+
+def test_processes_and_layout(capsys: pytest.CaptureFixture[str]) -> None:
+    (told,) = refused(*TINY, "nodes=3", "parallel=tp2_pp2", capsys=capsys)
+    assert "needs a multiple of 4 processes" in told
+    assert "3 processes were asked for (nodes=3 x 1 on each); start 4, or choose" in told
+    assert main([*TINY, "parallel=tp2"]) == 0
+    assert "parallel.tensor_model_parallel_size=2 spans nodes" in capsys.readouterr().err
+
+
+def test_a_site_has_to_be_chosen(capsys: pytest.CaptureFixture[str]) -> None:
+    (told,) = refused("+model=magneto_tiny", capsys=capsys)
+    assert told.startswith("no site is chosen; add cluster=NAME. There are generic, ")
+
+
+def test_time_to_save_must_be_left(capsys: pytest.CaptureFixture[str]) -> None:
+    (told,) = refused(*TINY, "cluster.walltime=0:01:00", capsys=capsys)
+    assert told.startswith("fault_tolerance.grace_seconds=60 must be shorter than cluster.walltime")
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("walltime=5h", "must be [D-]HH:MM:SS"),
+        ("walltime=0", "must be longer than nothing"),
+        ("gpus_per_node=-1", "must be 0 or more"),
+        ("gpus_per_node=many", "could not be converted to Integer"),
+        ("processes_per_node=0", "must be 1 or more"),
+        ("cpus_per_node=0", "must be 1 or more"),
+        ("max_failures=0", "must be 1 or more"),
+        ("max_requeues=-1", "must be 0 or more"),
+        ("max_restarts=-1", "must be 0 or more"),
+        ("gpu_type=h100", "needs cluster.gpus_per_node"),
+        ("memory_per_node=lots", "as in 480G"),
+        ("partition=a b", "must be one word"),
+        ("sbatch_arguments=[exclude]", "must be an option on one line"),
+        ("environment.A-B=1", "is no name of an environment variable"),
+        ("environment=3", "cluster.environment"),
+        ("gpus=8", "did you mean cluster.gpus_per_node?"),
+        ("xyz=8", "there are partition, account"),
+    ],
+)
+def test_settings_of_a_site(setting: str, words: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        load_cluster("lab", [setting])
+    (problem,) = refusal.value.problems
+    assert f"cluster.{setting.partition('=')[0]}" in problem and words in problem
+
+
+def test_more_processes_than_gpus() -> None:
+    with pytest.raises(ConfigError, match="each process takes a GPU"):
+        ClusterConfig(gpus_per_node=4, processes_per_node=8)
+    assert ClusterConfig(gpus_per_node=4).processes == 4
+    assert ClusterConfig().processes == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("walltime: [", "expected the node content"),
+        ("- 5", "must hold settings"),
+        ("time: 5", "there is no setting cluster.time"),
+    ],
+)
+def test_a_broken_file_of_a_site(text: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "bin" / "mine.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=words):
+        load_cluster(str(tmp_path / "bin" / "mine.yaml"), [])
+
+
+@pytest.mark.parametrize("site", sorted(path.stem for path in SITES.glob("*.yaml")))
+def test_shipped_sites(site: str) -> None:
+    assert load_cluster(site, []).processes >= 1
+
+
+def test_without_sbatch_the_script_is_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*TINY, "run_dir=here", "--submit"]) == 1
+    script = tmp_path / "here" / "slurm" / "job.sbatch"
+    assert f"sbatch is not on this machine; the script is {script}" in capsys.readouterr().err
+    assert (tmp_path / "here" / "logs").is_dir()  # SLURM would write no log elsewhere
+    subprocess.run(["/bin/bash", "-n", script], check=True)
+
+
+def test_a_run_that_has_begun_says_how_long_it_takes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "begun").mkdir()
+    record = {"step": 400, "train/loss": 3.0, "throughput/step_seconds": 6.0}
+    (tmp_path / "begun" / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    assert main([*TINY, "run_dir=begun"]) == 0
+    assert "to go     1:00:00 at the speed so far" in capsys.readouterr().err
+
+
+def test_as_a_command() -> None:
+    started = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "launch.slurm", *TINY],
+        cwd=ROOT,
+        env=os.environ | {"PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert started.returncode == 0
+    imported = {line.rpartition("|")[2].strip() for line in started.stderr.splitlines()}
+    assert "launch.slurm_script" in imported
+    assert not imported & {"torch", "megatron", "wandb", "numpy"}

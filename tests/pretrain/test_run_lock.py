@@ -1,0 +1,226 @@
+"""Two runs, one folder."""
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data import folder_lock
+from data.folder_lock import LockFile
+from pretrain import run_lock
+from pretrain.run_lock import RunFolderBusyError, RunLock
+
+ROOT = Path(__file__).resolve().parents[2]
+HOLD = """
+import sys, time
+from pretrain.run_lock import RunLock
+with RunLock(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture(autouse=True)
+def outside_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def write_lock(run_dir: Path, *, age: float = 0.0, **changes: Any) -> None:
+    content = folder_lock._this_process() | {"token": "t", "since": 0.0} | changes
+    (run_dir / "lock").write_text(json.dumps(content))
+    then = time.time() - age
+    os.utime(run_dir / "lock", (then, then))
+
+
+DEAD_HERE = {"started": 1.0}
+ELSEWHERE = {"host": "other", "pid": 1}
+
+
+def test_the_second_is_refused_with_the_name_of_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "98")
+    run_dir = tmp_path / "deep" / "run"
+    with RunLock(run_dir):
+        monkeypatch.setenv("SLURM_JOB_ID", "99")
+        with pytest.raises(RunFolderBusyError) as refused:
+            RunLock(run_dir).__enter__()
+    said = str(refused.value)
+    name = f"process {os.getpid()} on {os.uname().nodename} (SLURM job 98) since "
+    assert said.startswith(f"run_dir={run_dir} is being written by {name}")
+    assert "UTC, last heartbeat 0 s ago; let that run end, stop it, or choose another" in said
+    assert list(run_dir.iterdir()) == []
+    with RunLock(run_dir):
+        pass
+
+
+def test_a_killed_run_s_folder_is_taken_at_once(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", HOLD, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as holder:
+        assert holder.stdout and holder.stdout.readline() == "held\n"
+        with pytest.raises(RunFolderBusyError, match=rf"process {holder.pid} on "):
+            RunLock(tmp_path).__enter__()
+        holder.send_signal(signal.SIGKILL)
+        holder.wait()
+        start = time.monotonic()
+        with RunLock(tmp_path):
+            assert time.monotonic() - start < 1
+
+
+def test_a_holder_elsewhere_that_beats_is_refused_to(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_lock(tmp_path, age=3, **ELSEWHERE)
+    beat = threading.Timer(0.5, os.utime, [tmp_path / "lock"])
+    beat.start()
+    with pytest.raises(RunFolderBusyError, match="process 1 on other since 1970-01-01 00:00:00"):
+        RunLock(tmp_path).__enter__()
+    beat.join()
+    assert "last heartbeat 3 s ago: waiting for a sign of life" in capsys.readouterr().out
+
+
+def test_a_holder_elsewhere_that_stays_silent_is_waited_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_lock, "STALE_SECONDS", 5.0)
+    write_lock(tmp_path, age=4, **ELSEWHERE)
+    start = time.monotonic()
+    with RunLock(tmp_path):
+        assert 0.5 < time.monotonic() - start < 3
+    write_lock(tmp_path, age=6, **ELSEWHERE)
+    start = time.monotonic()
+    with RunLock(tmp_path):
+        assert time.monotonic() - start < 0.5
+
+
+@pytest.mark.parametrize("place", [{}, ELSEWHERE])
+def test_a_requeued_job_takes_over_from_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: dict[str, Any]
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "98")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    write_lock(tmp_path, slurm_job_id="98", slurm_restart_count="0", **place)
+    with RunLock(tmp_path):
+        holder = json.loads((tmp_path / "lock").read_text())
+        assert (holder["slurm_job_id"], holder["slurm_restart_count"]) == ("98", "1")
+
+
+def test_two_steps_of_one_job_are_two_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "98")
+    write_lock(tmp_path, slurm_job_id="98", slurm_restart_count="0")
+    with pytest.raises(RunFolderBusyError):
+        RunLock(tmp_path).__enter__()
+
+
+def test_a_lock_that_says_nothing_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_lock, "_POLL_SECONDS", 0.02)
+    (tmp_path / "lock").write_text("")
+    name = threading.Timer(0.3, write_lock, [tmp_path])
+    name.start()
+    with pytest.raises(RunFolderBusyError, match=rf"process {os.getpid()} on "):
+        RunLock(tmp_path).__enter__()
+    name.join()
+    (tmp_path / "lock").write_text("{")
+    (beat := threading.Timer(0.3, os.utime, [tmp_path / "lock"])).start()
+    with pytest.raises(RunFolderBusyError, match="that has not written its name yet"):
+        RunLock(tmp_path).__enter__()
+    beat.join()
+
+
+def test_heartbeats_and_a_lock_removed_by_hand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_lock, "HEARTBEAT_SECONDS", 0.02)
+    beats = threading.Semaphore(0)
+    with RunLock(tmp_path) as lock:
+        lock.on_heartbeat = beats.release
+        os.utime(tmp_path / "lock", (0, 0))
+        assert all(beats.acquire(timeout=10) for _ in range(3))
+        assert time.time() - (tmp_path / "lock").stat().st_mtime < 10
+        (tmp_path / "lock").unlink()
+        assert all(beats.acquire(timeout=10) for _ in range(3))
+        assert (tmp_path / "lock").exists() and not lock.lost
+        lock.check()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_claim_left_by_a_killed_starter_blocks_nobody(tmp_path: Path) -> None:
+    """It was killed between its claim to a dead run's lock and the rename."""
+    write_lock(tmp_path, token="dead", **DEAD_HERE)
+    write_lock(tmp_path, token="killed", **DEAD_HERE)
+    (tmp_path / "lock").rename(tmp_path / "lock.after-dead")
+    write_lock(tmp_path, token="dead", **DEAD_HERE)
+    with RunLock(tmp_path):
+        assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+
+
+def test_one_who_judged_an_earlier_holder_does_not_take_the_next_one_s(tmp_path: Path) -> None:
+    """Between its judgement and its claim another one has taken over."""
+    write_lock(tmp_path, token="dead", **DEAD_HERE)
+    late, quick = LockFile(tmp_path / "lock"), LockFile(tmp_path / "lock")
+    asked = []
+
+    def is_dead(path: Path, holder: dict[str, Any]) -> bool:
+        asked.append(holder["token"])
+        if len(asked) == 1:
+            assert quick.take(lambda *_: True)
+            return True
+        return holder["token"] == "dead"
+
+    assert not late.take(is_dead)
+    assert quick.is_ours() and asked[0] == "dead"
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+
+
+STARTERS, ROUNDS = 8, 25
+
+
+def start(run_dir: Path, barrier: Any, results: Any) -> None:
+    for number in range(ROUNDS):
+        barrier.wait()  # the parent has laid out the folder
+        lock, won = RunLock(run_dir / str(number)), True
+        try:
+            lock.__enter__()
+        except RunFolderBusyError:
+            won = False
+        barrier.wait()  # everybody has tried
+        results.put((number, won))
+        if won:
+            lock.__exit__(None, None, None)
+
+
+@pytest.mark.parametrize("before", ["nothing", "dead here", "silent elsewhere", "unreadable"])
+def test_of_many_starters_exactly_one_wins(tmp_path: Path, before: str) -> None:
+    context = multiprocessing.get_context("fork")
+    barrier, results = context.Barrier(STARTERS + 1), context.SimpleQueue()
+    processes = [
+        context.Process(target=start, args=(tmp_path, barrier, results)) for _ in range(STARTERS)
+    ]
+    for process in processes:
+        process.start()
+    for number in range(ROUNDS):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        if before == "dead here":
+            write_lock(folder, **DEAD_HERE)
+        elif before == "silent elsewhere":
+            write_lock(folder, age=1000, **ELSEWHERE)
+        elif before == "unreadable":
+            (folder / "lock").write_text("")
+            os.utime(folder / "lock", (0, 0))
+        barrier.wait()
+        barrier.wait()
+        outcomes = [results.get() for _ in range(STARTERS)]
+        assert sorted(outcomes) == [(number, False)] * (STARTERS - 1) + [(number, True)]
+    for process in processes:
+        process.join()
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
