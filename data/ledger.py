@@ -13,6 +13,7 @@ say from there on.
 
 import json
 import os
+import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,9 +27,13 @@ class Ledger:
 
     def __init__(self, run_dir: Path | str):
         self.path = Path(run_dir) / LEDGER_NAME
+        self._waiting: list[dict[str, Any]] = []
 
     def write(self, event: str, *, step: int, consumed_sequences: int, **more: Any) -> None:
-        """One line, on disk when this returns. `more`: JSON types."""
+        """One line, on disk when this returns. `more`: JSON types.
+
+        A full disk does not end the run: the line is written together with the next one.
+        """
         entry = {
             "event": event,
             "step": step,
@@ -36,7 +41,13 @@ class Ledger:
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
             **more,
         }
-        append_line(self.path, entry)
+        self._waiting.append(entry)
+        try:
+            while self._waiting:
+                append_line(self.path, self._waiting[0])
+                del self._waiting[0]
+        except OSError as error:
+            print(f"could not write {self.path} yet ({error})", file=sys.stderr, flush=True)
 
 
 def append_line(path: Path, record: dict[str, Any]) -> None:

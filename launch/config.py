@@ -39,7 +39,8 @@ class ClusterConfig:
 
     # how often SLURM may start a job again that was stopped, or failed, before the last step
     max_requeues: int = 100
-    # failures in a row, without a new checkpoint in between, after which a job gives up
+    # starts in a row that failed, or were stopped, without a new checkpoint, after which a job
+    # gives up
     max_failures: int = 3
     # restarts of failed processes by torchrun, within a job
     max_restarts: int = 0

@@ -24,12 +24,13 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest token")
     parser.add_argument("--top-k", type=int, default=50, help="0: the whole vocabulary")
     parser.add_argument("--seed", type=int, default=1234)
+    parser.add_argument("--tokenizer", default="", help="its file; default: the run's")
     parser.add_argument("--tensor-model-parallel-size", type=int, default=1)
     parser.add_argument("--pipeline-model-parallel-size", type=int, default=1)
     options = parser.parse_args()
     try:
         _generate(options)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError, RuntimeError) as error:  # CheckpointError is a RuntimeError
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -58,7 +59,7 @@ def _generate(options: argparse.Namespace) -> None:
         top_k=options.top_k,
         seed=options.seed,
     )
-    texts = generate(options.run_dir, options.prompt, parallel, sampling)
+    texts = generate(options.run_dir, options.prompt, parallel, sampling, options.tokenizer)
     if os.environ.get("RANK", "0") == "0":
         for text in texts:
             print(text)

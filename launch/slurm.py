@@ -3,7 +3,7 @@
     python -m launch.slurm +model=magneto_1b parallel=tp8_sp cluster=gpu8_infiniband nodes=8
     python -m launch.slurm ... nodes=8 chain=3 cluster.walltime=12:00:00 --submit
 
-Takes what launch/pretrain.py takes, and besides
+Takes the SETTING=VALUE words of launch/pretrain.py and its --config-dir, and besides
 
     cluster=NAME         a file of conf/cluster, or the path of one of your own
     cluster.SETTING=...  one of its settings for this job (launch/config.py)
@@ -57,6 +57,7 @@ class Wish:
     nodes: int = 1
     chain: int = 1
     training: list[str] = field(default_factory=list)  # for the launcher
+    config_dir: str | None = None  # the launcher's --config-dir
     problems: list[str] = field(default_factory=list)
 
 
@@ -67,12 +68,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("words", nargs="*", metavar="SETTING=VALUE", help="as for the launcher")
+    parser.add_argument("--config-dir", "-cd", metavar="DIR", help="as for the launcher")
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--submit", action="store_true", help="write the script and submit it")
     action.add_argument("--dry-run", action="store_true", help="only show it, as without --submit")
     given = parser.parse_intermixed_args(arguments)
     try:
         wish = sort_words(given.words)
+        wish.config_dir = given.config_dir
         job = make_job(wish)
     except ConfigError as error:
         for problem in error.problems:
@@ -118,7 +121,7 @@ def make_job(wish: Wish) -> Job:
     except ConfigError as error:
         problems += error.problems
     try:
-        config = load(wish.training)
+        config = load([*wish.training, *searched(wish.config_dir)])
     except ConfigError as error:
         problems += error.problems
     if cluster is None or config is None:
@@ -127,14 +130,27 @@ def make_job(wish: Wish) -> Job:
         config=config,
         cluster=cluster,
         nodes=wish.nodes,
-        words=wish.training,
+        words=[*(["--config-dir", wish.config_dir] if wish.config_dir else []), *wish.training],
         folder=Path.cwd(),
         python=cluster.python or sys.executable,
     )
-    problems += check_layout(job) + check_times(job) + check_partition(job)
+    problems += check_paths(job) + check_layout(job) + check_times(job) + check_partition(job)
     if problems:
         raise ConfigError(*problems)
     return job
+
+
+def searched(config_dir: str | None) -> list[str]:
+    """The word by which Hydra's compose looks into a --config-dir, where the launcher does too.
+
+    Raises ConfigError.
+    """
+    if config_dir is None:
+        return []
+    if not Path(config_dir).is_dir():
+        raise ConfigError(f"--config-dir {config_dir}: there is no such folder")
+    path = str(Path(config_dir).resolve()).replace("'", r"\'")
+    return [f"hydra.searchpath=['file://{path}']"]
 
 
 def load_cluster(name: str | None, settings: Sequence[str]) -> ClusterConfig:
@@ -147,7 +163,7 @@ def load_cluster(name: str | None, settings: Sequence[str]) -> ClusterConfig:
     known = [str(key) for key in schema]
     try:
         values = OmegaConf.load(path)
-        changes = OmegaConf.from_dotlist(list(settings))
+        changes = OmegaConf.from_dotlist([_as_text(word) for word in settings])
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"cluster={name}: {' '.join(str(error).split())}") from None
     if not OmegaConf.is_dict(values):
@@ -162,6 +178,19 @@ def load_cluster(name: str | None, settings: Sequence[str]) -> ClusterConfig:
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None)
         raise ConfigError(f"cluster.{key}: {str(error).splitlines()[0]}") from None
+
+
+def _as_text(word: str) -> str:
+    """A word whose value is text whatever it looks like; YAML reads 12:00:00 as 43200, off as no.
+
+    In quotes, then, where it is not yet.
+    """
+    name, equals, value = word.partition("=")
+    if not equals or value.startswith(('"', "'")):
+        return word
+    if name != "walltime" and not name.startswith("environment."):
+        return word
+    return f"{name}={json.dumps(value, ensure_ascii=False)}"  # what JSON quotes, YAML reads
 
 
 def _site(name: str | None) -> Path:
@@ -181,6 +210,17 @@ def _unknown(key: str, where: str, known: Sequence[str]) -> str:
     meant = [f"cluster.{name}" for name in closest(key, known)]
     hint = f"did you mean {' or '.join(meant)}?" if meant else f"there are {', '.join(known)}"
     return f"{where}there is no setting cluster.{key}; {hint}"
+
+
+def check_paths(job: Job) -> list[str]:
+    """What would end a line of #SBATCH before its time."""
+    paths = {"run_dir": str(job.run_dir), "this folder": str(job.folder)}
+    return [
+        f"{name}={path!r} must have no line break and no double quote: SLURM's options know no "
+        "way to write them"
+        for name, path in paths.items()
+        if "\n" in path or '"' in path
+    ]
 
 
 def check_layout(job: Job) -> list[str]:
@@ -281,7 +321,8 @@ def describe(job: Job, chain: int) -> list[str]:
         )
     lines.append(
         f"end       saves {grace_seconds(config)} s before its time is up; requeued up to "
-        f"{cluster.max_requeues} times, {cluster.max_failures} failures in a row end it"
+        f"{cluster.max_requeues} times; {cluster.max_failures} starts in a row without a new "
+        "checkpoint end it"
     )
     if chain > 1:
         lines.append(f"chain     {chain} jobs, at most {chain * hours:,.1f} {unit}-hours")

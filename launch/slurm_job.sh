@@ -33,8 +33,22 @@ on_node() {
   wait "$agent"
 }
 
-# Ends this start of the job: SLURM queues it again, or it leaves with exit status $2.
+# Ends this start of the job, because of $1: SLURM queues it again, or it leaves with exit status
+# $2. A dead node or a save that took too long is worth another try; but what keeps every start from
+# reaching its first checkpoint, a mistake or too short a time, would cost walltime after walltime.
 start_again() {
+  local failures
+  if [ "$(newest_checkpoint)" != "$checkpoint" ]; then
+    rm -f "$FAILURES"
+  else
+    failures=$(($(cat "$FAILURES" 2>/dev/null || echo 0) + 1))
+    echo "$failures" >"$FAILURES"
+    if ((failures >= MAX_FAILURES)); then
+      say "$1; start $failures in a row without a new checkpoint," \
+        "cluster.max_failures=$MAX_FAILURES: given up"
+      exit "$2"
+    fi
+  fi
   if ((${SLURM_RESTART_COUNT:-0} >= MAX_REQUEUES)); then
     say "$1; not requeued, as cluster.max_requeues=$MAX_REQUEUES. A new job goes on from there."
     exit "$2"
@@ -57,18 +71,14 @@ stop_workers() {
   done
 }
 
-# A dead node is worth another try, a mistake is not: it fails again before the next checkpoint.
-training_failed() {
-  local failures=0
-  if [ "$(newest_checkpoint)" = "$checkpoint" ]; then
-    failures=$(($(cat "$FAILURES" 2>/dev/null || echo 0) + 1))
+# When SLURM ends the job, in Unix seconds. Without a limit, or where squeue does not answer, a time
+# far away; `date` itself makes last midnight of no answer, which would stop the run at once.
+end_of_job() {
+  local end
+  end=$(squeue -h -j "$SLURM_JOB_ID" -o %e 2>/dev/null)
+  if [[ $end != [0-9]*T* ]] || ! date -d "$end" +%s 2>/dev/null; then
+    echo 9999999999
   fi
-  echo "$failures" >"$FAILURES"
-  if ((failures >= MAX_FAILURES)); then
-    say "failure $failures without a new checkpoint; cluster.max_failures=$MAX_FAILURES: given up"
-    exit "$1"
-  fi
-  start_again "failed (the why is in $LOGS)" "$1"
 }
 
 if is_finished; then
@@ -82,8 +92,7 @@ if [ -z "$HEAD" ]; then
   HEAD=$(scontrol show node "$HEAD" | sed -nE 's/.*NodeAddr=([^ ]+).*/\1/p')
 fi
 PORT=$((20000 + SLURM_JOB_ID % 10000))
-JOB_END=${SLURM_JOB_END_TIME:-$(date -d "$(squeue -h -j "$SLURM_JOB_ID" -o %e)" +%s 2>/dev/null)}
-JOB_END=${JOB_END:-9999999999} # without a limit
+JOB_END=${SLURM_JOB_END_TIME:-$(end_of_job)}
 export SLURM_JOB_END_TIME=$JOB_END HEAD PORT
 LOGS="$RUN_DIR/logs/slurm-$SLURM_JOB_ID-node*.log"
 FAILURES=$RUN_DIR/slurm/failures
@@ -103,10 +112,10 @@ code=$?
 
 say "training ended with status $code; the run is $(status state) at step $(status step)"
 if ((code != 0)); then
-  training_failed "$code"
+  start_again "failed (the why is in $LOGS)" "$code"
 fi
-rm -f "$FAILURES"
 if [ "$(status state)" = stopped ]; then
   start_again "stopped before its last step" 75 # EX_TEMPFAIL
 fi
+rm -f "$FAILURES"
 exit 0

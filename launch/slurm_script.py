@@ -49,9 +49,10 @@ class Job:
 def render(job: Job) -> str:
     """The whole script, ready for sbatch."""
     cluster = job.cluster
+    typed = shlex.join(job.words).replace("\n", " ")  # a second line of it would be run
     lines = [
         "#!/bin/bash",
-        f"# Written by: python -m launch.slurm {shlex.join(job.words)} nodes={job.nodes} ...",
+        f"# Written by: python -m launch.slurm {typed} nodes={job.nodes} ...",
         *(f"#SBATCH {option}" for option in sbatch_options(job)),
         "",
         *(["set -e # a line of cluster.setup that fails ends the job"] if cluster.setup else []),

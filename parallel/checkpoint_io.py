@@ -9,22 +9,26 @@ so, and which nothing will load.
 
 from __future__ import annotations
 
+import platform
 import re
 import shutil
 import uuid
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed.checkpoint import DefaultLoadPlanner
 from torch.distributed.checkpoint.api import CheckpointException
 
 from parallel import failure_watch, optimizer_state
-from parallel.checkpoint_manifest import ManifestError, NewerManifestError, read_manifest, verify
+from parallel.checkpoint_manifest import read_manifest, verify
+from parallel.checkpoint_reader import CheckpointReader
 from parallel.checkpoint_save import (
     FORMAT_NAME,
     TENSORS_SUFFIX,
+    Background,
     CheckpointError,
     HostMemory,
     PendingSave,
@@ -37,6 +41,7 @@ from parallel.megatron import (
     ShardedTensorFactory,
     dist_checkpointing,
 )
+from parallel.progress_beacon import beacon
 
 PARTIAL_SUFFIX = ".partial"
 
@@ -63,6 +68,7 @@ def start_save(
     checksums: bool = True,
     validate: bool = True,
     when_published: Callable[[], None] | None = None,
+    may_publish: Callable[[], bool] = lambda: True,
 ) -> PendingSave:
     """Begin to write `state` to `folder`, which must not exist, in the background.
 
@@ -77,6 +83,8 @@ def start_save(
         validate: see that each part of each tensor is written by exactly one rank; once is enough
             for a state that changes in nothing but values.
         when_published: called on rank 0, in the thread that writes, as soon as the folder is there.
+        may_publish: asked on rank 0, in that thread, right before the folder gets its name; where
+            it says no the save has failed, and nothing of it is touched any more.
 
     Raises:
         SaveFailed: on every rank alike: the folder cannot be made.
@@ -104,7 +112,7 @@ def start_save(
         ),
         f"plan {partial}",
     )
-    return PendingSave(shards, folder, token, when_published)
+    return PendingSave(shards, folder, token, when_published, may_publish)
 
 
 def load(state: dict[str, Any], folder: Path, *, weights_only: bool = False) -> dict[str, Any]:
@@ -117,10 +125,12 @@ def load(state: dict[str, Any], folder: Path, *, weights_only: bool = False) -> 
 
     Raises:
         CheckpointError: on every rank alike: the folder is missing or incomplete, or cannot be
-            read, or its tensors are not those of `state` (named, up to a few).
+            read, or its tensors are not those of `state` (named, up to a few), or loading it could
+            run a program (nothing of it was executed).
     """
     if not is_complete(folder):
         raise CheckpointError(f"{folder} is not a complete checkpoint")
+    on_rank_zero(lambda: CheckpointReader(folder).check_harmless(), f"read {folder}")
     wanted = _shapes_on_all_ranks(state)
     stored = _on_every_rank(lambda: _shapes_stored(folder), f"read {folder}")
     if weights_only:
@@ -133,7 +143,24 @@ def load(state: dict[str, Any], folder: Path, *, weights_only: bool = False) -> 
             + "\n".join(differences)
             + "\nUse the settings it was saved with: the model, and what of it is trained."
         )
-    return _on_every_rank(lambda: _read(state, folder, sources), f"read {folder}")
+    with _reading_is_getting_on():
+        return _on_every_rank(lambda: _read(state, folder, sources), f"read {folder}")
+
+
+@contextmanager
+def _reading_is_getting_on() -> Iterator[None]:
+    """Tell the beacon of each tensor that was read: for minutes nothing else gets on."""
+    original = DefaultLoadPlanner.commit_tensor
+
+    def commit(planner: DefaultLoadPlanner, *arguments: Any) -> None:
+        beacon.tick()
+        original(planner, *arguments)
+
+    DefaultLoadPlanner.commit_tensor = commit  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        DefaultLoadPlanner.commit_tensor = original  # type: ignore[method-assign]
 
 
 def _read(state: dict[str, Any], folder: Path, sources: dict[str, str]) -> dict[str, Any]:
@@ -223,10 +250,16 @@ def damage(folder: Path) -> list[str]:
     """What can be seen to be wrong with a checkpoint at once: sizes, and the content of small
     files. The same lines on every rank; empty: nothing. All ranks must call it.
 
+    What rank 0 does not find as well is no damage: a rank whose host has lost the mount, or
+    cannot read for another reason, must not condemn what is sound.
+
     Raises:
-        CheckpointError: on every rank alike: the manifest is of a newer version.
+        CheckpointError: on every rank alike: the manifest is of a newer version, a rank cannot
+            read what is there, or finds damaged what rank 0 finds sound.
     """
-    return _told_to_all(_on_every_rank(lambda: _seen_at_once(folder), f"verify {folder}"))
+    return _confirmed(
+        folder, _on_every_rank(lambda: _seen_at_once(folder), f"verify {folder}", watched=False)
+    )
 
 
 class DamageSearch:
@@ -237,19 +270,50 @@ class DamageSearch:
     """
 
     def __init__(self, folder: Path) -> None:
-        pool = ThreadPoolExecutor(1, "checksums")
-        self._mine = pool.submit(_damaged_tensors, folder)
-        pool.shutdown(wait=False)
+        self._folder = folder
+        self._mine = Background(lambda: _damaged_tensors(folder))
 
     def result(self) -> list[str]:
         """As `damage`, when all is compared. All ranks must call it."""
-        return _told_to_all(self._mine.result())
+        return _confirmed(
+            self._folder, _on_every_rank(self._mine.result, f"verify {self._folder}", watched=False)
+        )
 
 
-def _told_to_all(mine: list[str]) -> list[str]:
-    everyone: list[list[str]] = [[]] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    return list(dict.fromkeys(line for lines in everyone for line in lines))
+def _confirmed(folder: Path, mine: list[str]) -> list[str]:
+    """What rank 0 finds wrong with the files that any rank complains of; the same on all."""
+    everyone: list[tuple[str, list[str]]] = [("", [])] * dist.get_world_size()
+    dist.all_gather_object(everyone, (platform.node(), mine))
+    lines = list(dict.fromkeys(line for _, found in everyone for line in found))
+    if not lines:
+        return []
+    confirmed = on_rank_zero(
+        lambda: Background(lambda: _found_again(folder, lines)).result(), f"verify {folder}"
+    )
+    if confirmed:
+        return confirmed
+    who = [
+        f"rank {rank} on {host} cannot see or read {folder} as rank 0 does: {found[0]}"
+        for rank, (host, found) in enumerate(everyone)
+        if found
+    ]
+    raise CheckpointError(
+        f"{'; '.join(who[:3])}. Rank 0 on {everyone[0][0]} finds nothing wrong with it, so it is "
+        "left as it is: see that all hosts have the folder mounted, and start again"
+    )
+
+
+def _found_again(folder: Path, lines: list[str]) -> list[str]:
+    """On rank 0."""
+    at_once = _seen_at_once(folder)
+    if at_once:
+        return at_once
+    names = [
+        name
+        for name in read_manifest(folder)["files"]
+        if any(line.startswith(f"{name} ") for line in lines)
+    ]
+    return verify(folder, names=names, unreadable_is_damage=False)
 
 
 def _seen_at_once(folder: Path) -> list[str]:
@@ -257,20 +321,19 @@ def _seen_at_once(folder: Path) -> list[str]:
         return [f"{FORMAT_NAME} is missing"]
     if dist.get_rank() != 0:
         return []
-    try:
-        names = read_manifest(folder)["files"]
-    except NewerManifestError:
-        raise
-    except ManifestError as error:
-        return [str(error)]
+    sizes = verify(folder, checksums=False, unreadable_is_damage=False)
+    if sizes:
+        return sizes
+    names = read_manifest(folder)["files"]
     small = [name for name in names if not name.endswith(TENSORS_SUFFIX)]
-    return verify(folder, checksums=False) or verify(folder, names=small)
+    return verify(folder, names=small, unreadable_is_damage=False)
 
 
 def _damaged_tensors(folder: Path) -> list[str]:
     size, rank = dist.get_world_size(), dist.get_rank()
     names = [path.name for path in folder.glob(f"*{TENSORS_SUFFIX}")]
-    return verify(folder, names=[name for name in names if _writer_of(name) % size == rank])
+    mine = [name for name in names if _writer_of(name) % size == rank]
+    return verify(folder, names=mine, unreadable_is_damage=False)
 
 
 def _writer_of(name: str) -> int:
@@ -294,21 +357,23 @@ def on_rank_zero(
     return outcome[0]
 
 
-def _on_every_rank(action: Callable[[], Any], what: str) -> Any:
+def _on_every_rank(action: Callable[[], Any], what: str, *, watched: bool = True) -> Any:
     """Run everywhere, returns what it returned here; a failure of one rank is raised on all.
 
-    Ranks that are stuck inside, waiting for the one that failed, are ended by the failure watch.
+    Ranks that are stuck inside, waiting for the one that failed, are ended by the failure watch;
+    not with `watched=False`, for what no rank waits in for another.
     """
     failure: str | None = None
     result = None
-    watch = failure_watch.current()
+    watch = failure_watch.current() if watched else None
     try:
         result = action()
     except CheckpointException as error:  # a BaseException; holds the cause of each rank
         causes = [cause for cause, _ in error.failures.values()]
         failure = f"rank {dist.get_rank()}: {causes[0] if causes else error}"
     except Exception as error:
-        failure = f"rank {dist.get_rank()}: {type(error).__name__}: {error}"
+        host = platform.node()
+        failure = f"rank {dist.get_rank()} on {host}: {type(error).__name__}: {error}"
         if watch is not None:
             watch.announce(error)
     failures: list[str | None] = [None] * dist.get_world_size()

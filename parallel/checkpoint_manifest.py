@@ -19,12 +19,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import threading
 import zlib
-from collections.abc import Collection, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 NAME = "manifest.json"
 FORMAT = 1
@@ -34,9 +34,24 @@ NO_CHECKSUMS = "none"  # in place of the algorithm: sizes are all that can be co
 
 _BLOCK_BYTES = 4 << 20
 _THREADS = 4
+# Written bytes are brought to the disk in parts of so many: the count of them then says how far
+# the disk is, and the last part does not take minutes.
+_SYNC_BYTES = 1 << 30
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 
 # of one file: {"bytes": n} or {"bytes": n, "checksum": "hex"}
 Entry = dict[str, Any]
+
+
+class Progress:
+    """Bytes of checkpoints that this process has written or compared so far, over all threads.
+
+    For seeing that it gets on: two threads that add at the same moment may lose a part.
+    """
+
+    bytes = 0
 
 
 class ManifestError(ValueError):
@@ -57,6 +72,7 @@ class ChecksummedFile:
         self.path = path
         self._checksum: int | None = 0 if checksums else None
         self._bytes = 0
+        self._unsynced = 0
         self.failure: OSError | None = None  # what `write` raised, if it did
         self._file = open(path, "wb", buffering=1 << 20)  # noqa: SIM115 - closed by close()
 
@@ -70,6 +86,10 @@ class ChecksummedFile:
             self._checksum = zlib.crc32(data, self._checksum)
         size = memoryview(data).nbytes
         self._bytes += size
+        self._unsynced += size
+        if self._unsynced >= _SYNC_BYTES:
+            self._sync()
+        Progress.bytes += size
         return size
 
     def tell(self) -> int:
@@ -80,13 +100,21 @@ class ChecksummedFile:
 
     def close(self) -> Entry:
         """Bring the content to the disk; the file's entry in the manifest."""
+        self._sync()
         try:
-            self._file.flush()
-            os.fsync(self._file.fileno())
             self._file.close()
         except OSError as error:
             raise self._named(error) from error
         return _entry(self._bytes, self._checksum)
+
+    def _sync(self) -> None:
+        try:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            self.failure = self._named(error)
+            raise self.failure from error
+        self._unsynced = 0
 
     def __enter__(self) -> ChecksummedFile:
         return self
@@ -143,7 +171,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ManifestError(MISSING) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ManifestError(f"{NAME} cannot be read: {type(error).__name__}: {error}") from None
+        raise ManifestError(f"{NAME} cannot be read: {type(error).__name__}: {error}") from error
     if written != FORMAT or algorithm not in (ALGORITHM, NO_CHECKSUMS):
         raise NewerManifestError(
             f"{path} has format {written!r} with {algorithm!r} checksums; this version knows "
@@ -155,7 +183,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def verify(
-    folder: Path, *, checksums: bool = True, names: Collection[str] | None = None
+    folder: Path,
+    *,
+    checksums: bool = True,
+    names: Collection[str] | None = None,
+    unreadable_is_damage: bool = True,
 ) -> list[str]:
     """What is wrong with the files of `folder`: one line for each problem, empty when sound.
 
@@ -164,15 +196,20 @@ def verify(
     Args:
         checksums: also read every file and compare its checksum, where the manifest has them.
         names: only these files (a rank's share); None: all.
+        unreadable_is_damage: False: raise where a file is there and cannot be read; that may be
+            the fault of this host.
 
     Raises:
         NewerManifestError: see `read_manifest`.
+        OSError: see `unreadable_is_damage`.
     """
     try:
         manifest = read_manifest(folder)
     except NewerManifestError:
         raise
     except ManifestError as error:
+        if not unreadable_is_damage and isinstance(error.__cause__, OSError):
+            raise error.__cause__ from None
         return [str(error)]
     compare = checksums and manifest["algorithm"] != NO_CHECKSUMS
     files = {
@@ -182,10 +219,46 @@ def verify(
     }
 
     def problem(name: str) -> str | None:
-        return _problem(folder / name, name, files[name], compare)
+        return _problem(folder / name, name, files[name], compare, unreadable_is_damage)
 
-    with ThreadPoolExecutor(min(_THREADS, max(1, len(os.sched_getaffinity(0))))) as pool:
-        return [line for line in pool.map(problem, files) if line]
+    threads = min(_THREADS, max(1, len(os.sched_getaffinity(0))))
+    return [line for line in in_threads(problem, files, threads) if line]
+
+
+def in_threads(
+    function: Callable[[_Item], _Result], items: Iterable[_Item], threads: int
+) -> list[_Result]:
+    """`function` of each item, in the order of the items; raises what the first of them raised.
+
+    Unlike those of a ThreadPoolExecutor, its threads do not keep a process from ending.
+    """
+    waiting = list(enumerate(items))
+    results: dict[int, _Result] = {}
+    errors: dict[int, BaseException] = {}
+    waiting.reverse()
+
+    def work() -> None:
+        while True:
+            try:
+                index, item = waiting.pop()
+            except IndexError:
+                return
+            try:
+                results[index] = function(item)
+            except BaseException as error:
+                errors[index] = error
+
+    workers = [
+        threading.Thread(target=work, daemon=True, name="checkpoint file")
+        for _ in range(min(threads, len(waiting)))
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    if errors:
+        raise errors[min(errors)]
+    return [results[index] for index in sorted(results)]
 
 
 def file_entry(path: Path, *, checksums: bool = True) -> Entry:
@@ -198,6 +271,7 @@ def file_entry(path: Path, *, checksums: bool = True) -> Entry:
         while count := file.readinto(block):
             checksum = zlib.crc32(block[:count], checksum)
             size += count
+            Progress.bytes += count
     return _entry(size, checksum)
 
 
@@ -205,7 +279,9 @@ def _entry(size: int, checksum: int | None) -> Entry:
     return {"bytes": size} if checksum is None else {"bytes": size, "checksum": f"{checksum:08x}"}
 
 
-def _problem(path: Path, name: str, expected: Entry, checksums: bool) -> str | None:
+def _problem(
+    path: Path, name: str, expected: Entry, checksums: bool, unreadable_is_damage: bool
+) -> str | None:
     try:
         size = path.stat().st_size
         if size != expected["bytes"]:
@@ -214,6 +290,8 @@ def _problem(path: Path, name: str, expected: Entry, checksums: bool) -> str | N
     except FileNotFoundError:
         return f"{name} is missing"
     except OSError as error:
+        if not unreadable_is_damage:
+            raise
         return f"{name} cannot be read: {error.strerror or error}"
     if found != expected:
         return (

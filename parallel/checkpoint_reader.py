@@ -117,20 +117,14 @@ class CheckpointReader:
     @cached_property
     def tensors(self) -> dict[str, StoredTensor]:
         """Every sharded tensor by its name, sorted."""
-        pieces = self._pieces
         tensors = {}
         for name, entry in self._index["state_dict_metadata"].items():
-            if "properties" not in entry.state:
+            if not _is_tensor(entry):
                 continue
             shape = _size(entry.state["size"])
             boxes = [(_size(c.state["offsets"]), _size(c.state["sizes"])) for c in _chunks(entry)]
-            found = []
-            for box in boxes:
-                place = pieces.get((name, box[0]))
-                if place is None:
-                    raise CheckpointFormatError(f"{self._index_path}: {name} misses a piece")
-                found.append(Piece(box, *place))
-            tensors[name] = StoredTensor(name, shape, _dtype(entry), tuple(found))
+            found = tuple(Piece(box, *self._piece(name, box[0])) for box in boxes)
+            tensors[name] = StoredTensor(name, shape, _dtype(entry), found)
         return dict(sorted(tensors.items()))
 
     @cached_property
@@ -138,9 +132,9 @@ class CheckpointReader:
         """Sharded values that are no tensors (megatron-core's `_extra_state`), by their name."""
         entries = self._index["state_dict_metadata"]
         return {
-            name: Piece(((), ()), *self._pieces[name, None])
+            name: Piece(((), ()), *self._piece(name, None))
             for name in sorted(entries)
-            if "properties" not in entries[name].state
+            if not _is_tensor(entries[name])
         }
 
     @property
@@ -150,7 +144,8 @@ class CheckpointReader:
 
     def problems(self) -> list[str]:
         """What is wrong with its structure, one line each: pieces that lie outside of their files
-        or leave parts of a tensor out. Reads no tensor. Raises as the properties."""
+        or leave parts of a tensor out, and objects that are not harmless. Reads no tensor. Raises
+        as the properties."""
         assert self.plain is not None
         sizes: dict[str, int] = {}
         problems = []
@@ -171,7 +166,28 @@ class CheckpointReader:
                     f"{piece.file} has {sizes[piece.file]} bytes; {name} ends at "
                     f"{piece.start + piece.length}"
                 )
+        if not problems:
+            try:
+                for name in self.objects:
+                    self.read_object(name)
+            except ValueError as error:
+                problems.append(str(error))
         return problems
+
+    def check_harmless(self) -> None:
+        """Read everything that megatron-core unpickles when it loads this checkpoint: the index,
+        the plain values and the objects.
+
+        Raises:
+            UnsafePickleError: one of them names what no checkpoint has in it.
+            CheckpointFormatError: one is damaged.
+        """
+        import torch
+
+        assert self.plain is not None
+        for name in self.objects:
+            # torch again, but told to trust nothing: it might find another file in these bytes
+            torch.load(io.BytesIO(self.read_object(name)), weights_only=True)
 
     def read(self, name: str, box: Box | None = None) -> Tensor:
         """A tensor, or the block of it at `box`, on the CPU in its stored type.
@@ -219,9 +235,20 @@ class CheckpointReader:
         return tensor.detach()
 
     def read_object(self, name: str) -> bytes:
-        """The bytes of a sharded value that is no tensor, as they were written."""
-        with self._open(self.objects[name]) as file:
-            return file.read()
+        """The bytes of a sharded value that is no tensor, as they were written.
+
+        Raises UnsafePickleError where loading them could run a program.
+        """
+        piece = self.objects[name]
+        with self._open(piece) as file:
+            content = file.read()
+        try:
+            safe_pickle.load_saved(io.BytesIO(content), f"{self.folder / piece.file}, {name},")
+        except safe_pickle.UnsafePickleError:
+            raise
+        except ValueError as error:
+            raise CheckpointFormatError(str(error)) from error
+        return content
 
     def _open(self, piece: Piece) -> io.BufferedReader:
         path = self.folder / piece.file
@@ -263,12 +290,21 @@ class CheckpointReader:
                 raise CheckpointFormatError(
                     f"{self.folder}: its tensors are compressed, which is not read here"
                 )
-            pieces[key.state["fqn"], None if offset is None else _size(offset)] = (
+            name = key.state["fqn"], None if offset is None else _size(offset)
+            if name in pieces:  # which one torch would read depends on the order
+                raise CheckpointFormatError(f"{self._index_path} has a piece of {name[0]} twice")
+            pieces[name] = (
                 place.state["relative_path"],
                 place.state["offset"],
                 place.state["length"],
             )
         return pieces
+
+    def _piece(self, name: str, offsets: tuple[int, ...] | None) -> tuple[str, int, int]:
+        place = self._pieces.get((name, offsets))
+        if place is None:
+            raise CheckpointFormatError(f"{self._index_path}: {name} misses a piece")
+        return place
 
 
 class StoredWeights:
@@ -358,6 +394,11 @@ def _size(record: Any) -> tuple[int, ...]:
     """A torch.Size, pickled as the call Size(tuple)."""
     values = record.args[0] if isinstance(record, Record) else record
     return tuple(int(value) for value in values)
+
+
+def _is_tensor(entry: Record) -> bool:
+    """By the class, as torch tells them apart: what is in an entry is up to who wrote it."""
+    return entry.name == f"{_METADATA}.TensorStorageMetadata"
 
 
 def _chunks(entry: Record) -> list[Any]:

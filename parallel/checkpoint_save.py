@@ -27,13 +27,13 @@ import json
 import os
 import pickle
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, Generic, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -43,7 +43,15 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 
-from parallel.checkpoint_manifest import ChecksummedFile, Entry, file_entry, write_manifest
+from parallel import failure_watch
+from parallel.checkpoint_manifest import (
+    ChecksummedFile,
+    Entry,
+    Progress,
+    file_entry,
+    in_threads,
+    write_manifest,
+)
 from parallel.megatron import (
     CheckpointingConfig,
     MCoreSavePlanner,
@@ -52,6 +60,7 @@ from parallel.megatron import (
     save_state_dict_async_plan,
     state_by_sharded_keys,
 )
+from parallel.progress_beacon import beacon
 
 COMMON = "common.pt"
 METADATA = ".metadata"
@@ -63,6 +72,10 @@ _FILES_PER_RANK = 2
 _ALIGNMENT = 64  # bytes
 # Store look-ups a second while a save is written, over all ranks; one of them hosts the store.
 _LOOKS_PER_SECOND = 1000.0
+# Between two looks at whether what is waited for gets on.
+_SLICE_SECONDS = 1.0
+
+_Result = TypeVar("_Result")
 
 
 class CheckpointError(RuntimeError):
@@ -72,6 +85,53 @@ class CheckpointError(RuntimeError):
 class SaveFailed(CheckpointError):
     """Files could not be written: a full disk, a mount that is gone. The state is as it was, what
     had been written is removed, and a later save may succeed."""
+
+
+class StoreLost(ConnectionError):
+    """The ranks cannot agree on a save any more: nobody knows whether it is there."""
+
+
+class Background(Generic[_Result]):
+    """`action` in a thread of its own, which does not keep the process from ending."""
+
+    def __init__(self, action: Callable[[], _Result]) -> None:
+        self._action = action
+        self._results: list[_Result] = []
+        self._error: Exception | None = None
+        self._finished = threading.Event()
+        threading.Thread(target=self._run, daemon=True, name="checksums").start()
+
+    def result(self) -> _Result:
+        """Wait for what it returns, or raise what it raised."""
+        wait_for(self._finished, lambda: Progress.bytes)
+        if self._error is not None:
+            raise self._error
+        return self._results[0]
+
+    def _run(self) -> None:
+        try:
+            self._results.append(self._action())
+        except Exception as error:
+            self._error = error
+        finally:
+            self._finished.set()
+
+
+def wait_for(
+    event: threading.Event, progress: Callable[[], object], seconds: float | None = None
+) -> bool:
+    """Whether `event` was set, within `seconds`. While `progress` changes, the beacon is told that
+    this rank gets on: writing and reading may take longer than a hang is given."""
+    until = float("inf") if seconds is None else time.monotonic() + seconds
+    before = progress()
+    while not event.wait(max(0.0, min(_SLICE_SECONDS, until - time.monotonic()))):
+        if time.monotonic() >= until:
+            return False
+        now = progress()
+        if now != before:
+            before = now
+            beacon.tick()
+    return True
 
 
 class HostMemory:
@@ -136,12 +196,10 @@ class Shards:
         written = Written([], {})
         if self.common:
             written.entries[COMMON] = _write_file(self.folder / COMMON, self.common, self.checksums)
-        with ThreadPoolExecutor(_FILES_PER_RANK, "checkpoint file") as pool:
-            for name, (results, entry) in zip(
-                self.files, pool.map(self._write, self.files), strict=True
-            ):
-                written.results += results
-                written.entries[name] = entry
+        files = in_threads(self._write, self.files, _FILES_PER_RANK)
+        for name, (results, entry) in zip(self.files, files, strict=True):
+            written.results += results
+            written.entries[name] = entry
         return written
 
     def _write(self, name: str) -> tuple[list[WriteResult], Entry]:
@@ -261,15 +319,17 @@ class PendingSave:
         folder: Path,
         token: str,
         when_published: Callable[[], None] | None = None,
+        may_publish: Callable[[], bool] = lambda: True,
     ) -> None:
         self.folder = folder
         self._when_published = when_published
+        self._may_publish = may_publish
         self._shards = shards
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
-        self._store = dist.PrefixStore(
-            f"checkpoint/{token}", dist.distributed_c10d._get_default_store()
-        )
+        self._prefix = f"checkpoint/{token}"
+        self._ranks_done = 0  # that have written, as far as this rank has looked
         self._failure: str | None = None
+        self._lost: StoreLost | None = None
         self._finished = threading.Event()
         self._started, self._ended = time.monotonic(), 0.0
         threading.Thread(target=self._run, daemon=True, name="checkpoint").start()
@@ -289,24 +349,42 @@ class PendingSave:
 
         Raises:
             SaveFailed: it could not be written; on every rank alike.
+            StoreLost: this rank does not know; the failure watch ends the others.
         """
-        if self._finished.wait(seconds) and self._failure is not None:
+        if not wait_for(self._finished, lambda: (Progress.bytes, self._ranks_done), seconds):
+            return
+        if self._lost is not None:
+            raise self._lost
+        if self._failure is not None:
             raise SaveFailed(f"could not write {self.folder}: {self._failure}")
 
     def _run(self) -> None:
         try:
-            self._tell(self._write())
+            written = self._write()
+            self._store = dist.PrefixStore(self._prefix, _own_connection())
+            self._tell(written)
             if self._rank == 0:
                 self._store.set("verdict", self._publish_or_remove())
             else:
                 self._poll(lambda: self._store.check(["verdict"]))
             self._failure = self._store.get("verdict").decode() or None
-        except Exception as error:  # the store is gone, and with it the rank that hosts it
-            self._failure = _text(error)
+        except Exception as error:  # an outcome for this rank alone: the others wait for it
+            self._lose(error)
         finally:
             del self._shards  # with the memory of its tensors
             self._ended = time.monotonic()
             self._finished.set()
+
+    def _lose(self, error: Exception) -> None:
+        """All ranks must end: leave a note that says why."""
+        self._lost = StoreLost(
+            f"rank {self._rank} lost the store that all ranks share while {self.folder} was being "
+            f"written: {_text(error)}"
+        )
+        self._lost.__traceback__ = error.__traceback__
+        watch = failure_watch.current()
+        if watch is not None:
+            watch.announce(self._lost)
 
     def _write(self) -> Written | str:
         try:
@@ -320,12 +398,14 @@ class PendingSave:
 
     def _publish_or_remove(self) -> str:
         """Rank 0's verdict: what went wrong, or nothing."""
-        self._poll(lambda: self._store.add("written", 0) == self._world_size)
+        self._poll(self._all_have_written)
         everyone = []
         for rank in range(self._world_size):
             everyone.append(pickle.loads(self._store.get(f"rank {rank}")))
             self._store.delete_key(f"rank {rank}")  # some hundred bytes for each tensor
         failures = [written for written in everyone if isinstance(written, str)]
+        if not self._still_ours():  # what lies there may be the other run's by now
+            return "this run does not hold its folder any more; nothing was published or removed"
         if not failures:
             try:
                 self._publish(everyone)
@@ -336,6 +416,16 @@ class PendingSave:
                 failures = [f"rank 0: {_text(error)}"]
         shutil.rmtree(self._shards.folder, ignore_errors=True)
         return "; ".join(failures[:3])
+
+    def _all_have_written(self) -> bool:
+        self._ranks_done = self._store.add("written", 0)
+        return self._ranks_done == self._world_size
+
+    def _still_ours(self) -> bool:
+        try:
+            return self._may_publish()
+        except OSError:  # it cannot be seen
+            return False
 
     def _publish(self, everyone: list[Written]) -> None:
         partial = self._shards.folder
@@ -398,8 +488,18 @@ def _save_tensor(tensor: Tensor, file: ChecksummedFile) -> None:
 
 
 def _host_memory(size: int) -> Tensor:
+    if torch.cuda.is_available():
+        try:
+            return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        except (RuntimeError, MemoryError) as error:
+            print(
+                f"{size / 2**30:.1f} GiB of host memory for checkpoints cannot be page-locked: "
+                f"{str(error).splitlines()[0]}. Copies to other memory are slower",
+                file=sys.stderr,
+                flush=True,
+            )
     try:
-        return torch.empty(size, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+        return torch.empty(size, dtype=torch.uint8)
     except (RuntimeError, MemoryError) as error:
         raise MemoryError(
             f"no {size / 2**30:.1f} GiB of host memory for a copy of weights and optimizer: "
@@ -428,6 +528,13 @@ def _write_file(path: Path, content: bytes, checksums: bool) -> Entry:
     with ChecksummedFile(path, checksums=checksums) as file:
         file.write(content)
         return file.close()
+
+
+def _own_connection() -> dist.Store:
+    """To the store: the process's own has other users, and may have been idle for hours. The same
+    one where torch is too old to make another."""
+    store = dist.distributed_c10d._get_default_store()
+    return store.clone() if hasattr(store, "clone") else store
 
 
 def _text(error: BaseException) -> str:

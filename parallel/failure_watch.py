@@ -20,7 +20,8 @@ for the cause to be found, and leaves a note of its own only if there is none.
 Two threads do it, and neither needs the main thread, which may be stuck in a collective. One talks
 to the store; the other does not, and notices when the first gets no answer. What they cannot do
 without is Python's lock: a call into C that holds it for the heartbeat's timeout makes its rank
-look dead. Then, and only then, Python's own timer prints that rank's stacks.
+look dead, unless it is announced (`FailureWatch.pause`). Then, and only then, Python's own timer
+prints that rank's stacks.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
@@ -148,7 +149,9 @@ class FailureWatch:
             beacon.position,
             timeout_seconds=heartbeat_timeout_seconds,
             look_seconds=self._look_seconds,
+            answered=self._store_answered,
         )
+        self._next_beat = 0.0
         self._ended = threading.Event()
         self._wake = threading.Event()
         self._suspicious = threading.Event()  # a connection broke under the main thread
@@ -197,6 +200,25 @@ class FailureWatch:
         the store is gone, and with it the rank that hosts it.
         """
         return None if _is_consequence(error) else self._leave_note(error)
+
+    @contextmanager
+    def pause(self, seconds: float) -> Iterator[None]:
+        """The body may hold Python's lock: for so long no missing beat of this rank is death.
+
+        If the rank does die meanwhile, ranks on other hosts learn of it that much later.
+        """
+        self._tell_pause(seconds)
+        try:
+            yield
+        finally:
+            self._tell_pause(0.0)
+
+    def _tell_pause(self, seconds: float) -> None:
+        self._heartbeat.pause = seconds
+        if self._world_size > 1:
+            with suppress(dist.DistError):  # the thread that talks to the store deals with it
+                self._heartbeat.beat()
+            self._watch_the_lock()
 
     def withdraw(self) -> None:
         """Take this rank's note back: all ranks have learnt of the failure and deal with it."""
@@ -261,15 +283,13 @@ class FailureWatch:
 
     def _look(self) -> None:
         self._heartbeat.store = _own_connection(self.store, self.timeout)
-        next_beat = 0.0
         while not self._ended.is_set():
             try:
                 now = time.monotonic()
-                if now >= next_beat:
-                    self._heartbeat.beat()
-                    self._watch_the_lock()
-                    next_beat = now + self.interval - self._look_seconds / 2
-                self._hold(self._note() or self._search(now), now)
+                self._beat_when_due()
+                note = self._note()
+                self._store_answered()
+                self._hold(note or self._search(now), now)
                 self._answered = time.monotonic()
             except dist.DistError as error:
                 self._lose_store(error)
@@ -277,6 +297,19 @@ class FailureWatch:
             self._wake.wait(self._alert_seconds if alert else self._look_seconds)
             self._wake.clear()
         faulthandler.cancel_dump_traceback_later()
+
+    def _beat_when_due(self) -> None:
+        now = time.monotonic()
+        if now >= self._next_beat:
+            self._next_beat = now + self.interval - self._look_seconds / 2
+            self._heartbeat.beat()
+            self._answered = time.monotonic()
+            self._watch_the_lock()
+
+    def _store_answered(self) -> None:
+        """A look can be many requests to a slow store: this rank must not fall silent meanwhile."""
+        self._answered = time.monotonic()
+        self._beat_when_due()
 
     def _search(self, now: float) -> Note | None:
         """Look for a dead rank or a hang, and leave a note if there is one."""
@@ -321,21 +354,22 @@ class FailureWatch:
 
     def _find_hang(self) -> Note | None:
         """Rank 0 does not get on. Unless another rank does, say who is behind."""
-        beats = self._heartbeat.beats()
+        # those that are through stand still, and hold nobody up
+        beats = {rank: beat for rank, beat in self._heartbeat.beats().items() if not beat.left}
         beats[self.rank] = replace(beats[self.rank], position=beacon.position())
         quiet = min(beat.position.quiet for beat in beats.values())
         if not self._is_overdue(quiet):
             return None
         ranks = behind({rank: beat.position for rank, beat in beats.items()})
         first = beats[ranks[0]]
+        where = "this one is behind" if len(ranks) < self._world_size else "all are in one place"
         return self._publish(
             self._heartbeat.store,
             Note(
                 kind="hang",
                 ranks=ranks,
                 host=", ".join(dict.fromkeys(beats[rank].host for rank in ranks)),
-                error=f"no rank has got on for {quiet:.0f} s, and "
-                + ("this one is behind" if len(ranks) < len(beats) else "all are in one place"),
+                error=f"no rank has got on for {quiet:.0f} s, and {where}",
                 place=first.position.describe(),
                 details=_places(beats),
             ),
@@ -366,7 +400,7 @@ class FailureWatch:
     def _watch_the_lock(self) -> None:
         """Have Python's own timer print the stacks if no beat follows in time."""
         if self._world_size > 1:
-            faulthandler.dump_traceback_later(self.timeout, file=2)
+            faulthandler.dump_traceback_later(self.timeout + self._heartbeat.pause, file=2)
 
     # ---- when the store is gone ----
 
@@ -383,7 +417,8 @@ class FailureWatch:
         before = time.monotonic()
         while not self._ended.wait(self._look_seconds):
             now = time.monotonic()
-            if now - before > self.timeout / 2:  # this process was stopped, the store was not
+            # this process was stopped, the store was not
+            if self._heartbeat.pause or now - before > self.timeout / 2:
                 self._answered = max(self._answered, now)
             before = now
             silence = now - self._answered

@@ -17,6 +17,7 @@ import functools
 import json
 import os
 import platform
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -31,6 +32,9 @@ from parallel.progress_beacon import Position
 FIRST_BEAT_ALLOWANCE = 30.0
 # Ranks on either side whose processes are looked for when connections break; a host has 8 GPUs.
 NEAR = 8
+# Ranks read in a row before the neighbour is read again: it may only have been the store that was
+# slow, for everybody, and all ranks reading all others' beats would keep it so.
+AT_ONCE = 32
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class Beat:
     pid: int
     born: str  # start of the process, in the kernel's ticks: tells a number used again
     left: bool  # the rank is through; it will give no more
+    pause: float  # seconds for which it may give no more, and is not dead
     position: Position
 
     @classmethod
@@ -63,6 +68,7 @@ class Heartbeat:
         position: this rank's, sent along.
         timeout_seconds: silence that counts as death.
         look_seconds: between two calls of `dead`.
+        answered: called whenever the store has answered a read; reading all ranks takes a while.
     """
 
     def __init__(
@@ -74,32 +80,46 @@ class Heartbeat:
         *,
         timeout_seconds: float,
         look_seconds: float,
+        answered: Callable[[], None] = lambda: None,
     ) -> None:
         self.store = store
         self.rank = rank
         self.world_size = world_size
         self.timeout = timeout_seconds
         self.look_seconds = look_seconds
+        self.pause = 0.0  # seconds, told with every beat
+        self._answered = answered
         self._position = position
+        self._lock = threading.Lock()  # no thread overwrites a newer beat by an older one
+        self._left = False
         self._number = 0
         self._neighbour = (rank + 1) % world_size
         self._heard: dict[int, tuple[Beat | None, float]] = {}  # what last changed, and when
         self._last_look: float | None = None
+        self._last_sweep: float | None = None
 
     def beat(self, *, left: bool = False) -> None:
-        """Give a sign of life; `left`: the last one, whose silence is not death."""
+        """Give a sign of life; `left`: the last one, whose silence is not death.
+
+        Any thread may call it; after the last one it does nothing.
+        """
         pid = os.getpid()
-        beat = Beat(
-            number=self._number,
-            host=platform.node(),
-            machine=_machine(),
-            pid=pid,
-            born=_start_of(pid),
-            left=left,
-            position=self._position(),
-        )
-        self.store.set(_key(self.rank), json.dumps(asdict(beat)))
-        self._number += 1
+        with self._lock:
+            if self._left:
+                return
+            self._left = left
+            beat = Beat(
+                number=self._number,
+                host=platform.node(),
+                machine=_machine(),
+                pid=pid,
+                born=_start_of(pid),
+                left=left,
+                pause=self.pause,
+                position=self._position(),
+            )
+            self.store.set(_key(self.rank), json.dumps(asdict(beat)))
+            self._number += 1
 
     def dead(self, now: float, *, near: bool = False) -> dict[int, str]:
         """Ranks found dead, and how it showed; mostly none, at the cost of one read.
@@ -113,9 +133,9 @@ class Heartbeat:
         if neighbour is not None and neighbour.left and self._neighbour != self.rank:
             self._neighbour = (self._neighbour + 1) % self.world_size
             return {}
-        if self._silence(self._neighbour, now) >= self.timeout / 2:
-            for rank in self._others():
-                self._hear(rank, now)
+        if self._is_late(now):
+            if self._is_due(now) or self._has_not_swept(now):
+                self._sweep(now)
         elif near:
             for rank in self._others():  # once: after that their processes tell
                 if abs(rank - self.rank) <= NEAR and rank not in self._heard:
@@ -138,10 +158,7 @@ class Heartbeat:
         }
 
     def _silent(self, now: float) -> dict[int, str]:
-        # one look is taken off because the beat may have come right after the look before
-        if self._neighbour == self.rank or (
-            self._silence(self._neighbour, now) + self.look_seconds < self.timeout
-        ):
+        if self._neighbour == self.rank or not self._is_due(now):
             return {}
         # the others have been listened to for half the time
         silences = {rank: self._silence(rank, now) for rank in self._heard}
@@ -152,13 +169,34 @@ class Heartbeat:
             and not (beat is not None and beat.left)
         }
 
+    def _sweep(self, now: float) -> None:
+        """Hear all others, unless the neighbour is heard of meanwhile."""
+        self._last_sweep = now
+        for count, rank in enumerate(self._others(), start=1):
+            self._hear(rank, now)
+            if count % AT_ONCE == 0:
+                self._hear(self._neighbour, now)
+                if not self._is_late(now):
+                    return
+
+    def _has_not_swept(self, now: float) -> bool:
+        return self._last_sweep is None or now - self._last_sweep >= self.timeout / 2
+
+    def _is_late(self, now: float) -> bool:
+        return self._silence(self._neighbour, now) >= self.timeout / 2
+
+    def _is_due(self, now: float) -> bool:
+        # one look is taken off because the beat may have come right after the look before
+        return self._silence(self._neighbour, now) + self.look_seconds >= self.timeout
+
     def _silence(self, rank: int, now: float) -> float:
         """Seconds since something new was heard."""
         if rank not in self._heard or rank == self.rank:
             return 0.0
         beat, since = self._heard[rank]
-        allowance = FIRST_BEAT_ALLOWANCE if beat is None or beat.number == 0 else 0.0
-        return now - since - allowance
+        if beat is None or beat.number == 0:
+            return now - since - FIRST_BEAT_ALLOWANCE
+        return now - since - beat.pause
 
     def _hear(self, rank: int, now: float) -> Beat | None:
         beat = self._read(rank)
@@ -170,6 +208,7 @@ class Heartbeat:
     def _read(self, rank: int) -> Beat | None:
         # `get` would wait for a key that is not there yet; this reads, or makes it, empty
         text = self.store.compare_set(_key(rank), "", "")
+        self._answered()
         return Beat.parse(text) if text else None
 
     def _others(self) -> list[int]:

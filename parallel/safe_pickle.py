@@ -83,26 +83,46 @@ def load(file: BinaryIO, where: str, allowed: Mapping[str, Any], *, tolerant: bo
         raise ValueError(f"{where} is damaged: {type(error).__name__}: {error}") from error
 
 
-def load_saved(path: Path, *, tolerant: bool = False) -> Any:
+def load_saved(file: Path | BinaryIO, where: str = "", *, tolerant: bool = False) -> Any:
     """The plain values in a file written by `torch.save`; tensors in it are `Record`s.
 
-    Raises as `load`.
+    where: the file's name, for errors; of a path it need not be given. Raises as `load`, and
+    ValueError where torch.load might read something else in the file than what is read here.
     """
+    where = where or str(file)
     try:
-        with zipfile.ZipFile(path) as archive:
-            names = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-            if len(names) != 1:
-                raise ValueError(f"{path} is damaged: no file of torch.save's")
-            content = archive.read(names[0])  # also compares the stored CRC-32
-    except zipfile.BadZipFile as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+        with zipfile.ZipFile(file) as archive:
+            content = _only_pickle(archive, where)
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
+        raise ValueError(f"{where} is damaged: {error}") from error
     tensors = {
         name: record_class(name)
         for name in ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3")
     }
     storages = {f"torch.{kind}Storage": record_class(kind) for kind in _STORAGES}
     types = {f"torch.{name}": name for name in DTYPE_BYTES}
-    return load(io.BytesIO(content), str(path), {**tensors, **storages, **types}, tolerant=tolerant)
+    return load(io.BytesIO(content), where, {**tensors, **storages, **types}, tolerant=tolerant)
+
+
+def _only_pickle(archive: zipfile.ZipFile, where: str) -> bytes:
+    """Python looks for a zip archive at the end of a file and takes what is before it for no part
+    of it; torch looks at the first bytes, has readers for other content, and ignores case."""
+    assert archive.fp is not None
+    archive.fp.seek(0)
+    entries = archive.infolist()
+    pickles = [entry for entry in entries if entry.filename.lower().endswith(".pkl")]
+    starts = archive.fp.read(len(_ZIP_START)) == _ZIP_START
+    if (
+        not starts
+        or entries[:1] != [entry for entry in entries if entry.header_offset == 0]
+        or [entry.filename.rpartition("/")[2] for entry in pickles] != ["data.pkl"]
+        or archive.comment
+    ):
+        raise ValueError(f"{where} is damaged: no file of torch.save's")
+    return archive.read(pickles[0])  # also compares the stored CRC-32
+
+
+_ZIP_START = b"PK\x03\x04"
 
 
 # bytes of one element of torch's types, by their names

@@ -1,5 +1,7 @@
 """What is written down about an anomaly: run_dir/anomalies/step_00000123.json, and .md to read.
 
+And rollback.json, what the checkpoint that a run went back to does not know of the rollback.
+
 Imports neither torch nor megatron-core.
 """
 
@@ -14,6 +16,7 @@ from typing import Any
 from pretrain.provenance import atomic_write_text
 
 ANOMALIES_FOLDER = "anomalies"
+ROLLBACK_FILE = "rollback.json"
 
 
 @dataclass
@@ -39,6 +42,11 @@ class DocumentRow:
     doc_id: str = ""  # empty where the store records none
     source: str = ""
     text: str = ""
+
+    @property
+    def place(self) -> str:
+        number = f"document {self.document}" if self.document >= 0 else None
+        return f"{number or f'the document at token {self.first_token}'} of {self.store}"
 
 
 @dataclass
@@ -110,10 +118,41 @@ def write_report(run_dir: Path, report: AnomalyReport) -> Path:
         number += 1
         name = f"step_{report.step:08d}.{number}"
     text = json.dumps(_plain(asdict(report)), ensure_ascii=False, indent=1, allow_nan=False)
-    atomic_write_text(folder / f"{name}.json", text + "\n")
+    atomic_write_text(folder / f"{name}.json", printable(text) + "\n")
     readable = folder / f"{name}.md"
-    atomic_write_text(readable, markdown(report))
+    atomic_write_text(readable, printable(markdown(report)))
     return readable
+
+
+def printable(text: str) -> str:
+    """Halves of surrogate pairs, which data may hold and no file takes, become "?"."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def write_rollback(run_dir: Path, rollback: dict[str, Any]) -> None:
+    """Keep the last `TrainState.rollback`, in place of one before. Raises OSError."""
+    folder = run_dir / ANOMALIES_FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    atomic_write_text(folder / ROLLBACK_FILE, json.dumps(rollback, indent=1) + "\n")
+
+
+def read_rollback(run_dir: Path) -> dict[str, Any] | None:
+    """What `write_rollback` wrote last; None where no file is. Raises OSError and ValueError."""
+    path = run_dir / ANOMALIES_FOLDER / ROLLBACK_FILE
+    if not path.is_file():
+        return None
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(found, dict) or found.keys() != _OF_A_ROLLBACK:
+        raise ValueError(f"{path} is not what a run wrote: expected {sorted(_OF_A_ROLLBACK)}")
+    return found
+
+
+def forget_rollback(run_dir: Path) -> None:
+    """Raises OSError."""
+    (run_dir / ANOMALIES_FOLDER / ROLLBACK_FILE).unlink(missing_ok=True)
+
+
+_OF_A_ROLLBACK = {"step", "count", "rollbacks", "left_out_samples"}
 
 
 def markdown(report: AnomalyReport) -> str:
@@ -175,9 +214,8 @@ def _documents(documents: list[DocumentRow], *, texts: bool) -> list[str]:
         named = f"`{row.doc_id}`, " if row.doc_id else ""
         source = f" from {row.source}" if row.source else ""
         lines.append(
-            f"{number}. {named}document {row.document} of {row.store} ({row.language}, "
-            f"{row.family}){source}, {row.tokens} tokens in sample {row.sample}: "
-            + "; ".join(_what_is_known(row))
+            f"{number}. {named}{row.place} ({row.language}, {row.family}){source}, "
+            f"{row.tokens} tokens in sample {row.sample}: " + "; ".join(_what_is_known(row))
         )
         excerpt = " ".join(row.text.replace("`", "'").split())
         if excerpt and texts:

@@ -7,13 +7,22 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from data.open_data import Data
 from parallel.engine import MegatronEngine
 from parallel.progress_beacon import beacon
 from parallel.runtime import Runtime
 from pretrain.anomaly import Action, Verdict, judge
-from pretrain.anomaly_report import AnomalyReport, Findings, write_report
+from pretrain.anomaly_report import (
+    AnomalyReport,
+    Findings,
+    forget_rollback,
+    printable,
+    read_rollback,
+    write_report,
+    write_rollback,
+)
 from pretrain.checkpoint import Checkpoints
 from pretrain.config import AnomalyConfig, PretrainConfig
 from pretrain.culprits import Culprits, from_rank_zero
@@ -101,6 +110,43 @@ class AnomalyWatch:
                 )
             )
 
+    def take_up(self, state: TrainState) -> None:
+        """At the start of a run: a rollback that no save has come after still counts, or a run that
+        is restarted trains on the same samples again, as often as it is restarted."""
+        known = from_rank_zero(self._last_rollback(state.step) if self.writes else None)
+        if known is not None and state.take_up(known):
+            self.progress.message(
+                f"the run went back to step {known['step']} before it ended: rollback "
+                f"{state.anomaly.rollbacks} of at most {self.config.max_rollbacks} counts, and "
+                f"samples {state.anomaly.left_out_samples} (each [first, end)) are left out"
+            )
+
+    def _last_rollback(self, step: int) -> dict[str, Any] | None:
+        """On the one rank that writes; the others wait for it, so it must not raise."""
+        try:
+            if step == 0:  # the run starts anew
+                forget_rollback(self.run_dir)
+            return read_rollback(self.run_dir)
+        except (OSError, ValueError) as error:
+            self._warn(step, f"a rollback before this start is forgotten, if any: {error}")
+            return None
+
+    def remember_rollback(self, state: TrainState) -> None:
+        """`state` has just gone back: what the next save will hold counts from now on."""
+        if not self.writes:
+            return
+        try:
+            write_rollback(self.run_dir, state.rollback())
+        except OSError as error:
+            self._warn(
+                state.step,
+                f"the rollback is forgotten if the run ends before its next checkpoint: {error}",
+            )
+
+    def _warn(self, step: int, text: str) -> None:
+        self.progress.message(text)
+        self.events.write("rollback_unsaved", step, printable(text))
+
     def rolled_back(self, state: TrainState, from_step: int, left_out: tuple[int, int]) -> None:
         """`state` is what the run goes on with."""
         self.culprits.forget()
@@ -136,9 +182,10 @@ class AnomalyWatch:
         try:
             path = str(write_report(self.run_dir, report).relative_to(self.run_dir))
             where = f"see {path}"
-        except OSError as error:  # a full disk is no reason to end a run over a spike
+        except (OSError, ValueError) as error:  # no reason to end a run over a spike
             path, where = "", f"without a report: {error}"
-        text = f"{report.why}; {_DONE[report.decision]}; {_suspect(report.findings)}, {where}"
+        suspect = _suspect(report.findings)
+        text = printable(f"{report.why}; {_DONE[report.decision]}; {suspect}, {where}")
         self.progress.message(f"step {report.step}: {text}")
         self.events.write(
             report.kind,
@@ -179,6 +226,7 @@ def open_anomaly_watch(
 def _suspect(findings: Findings) -> str:
     if findings.no_culprit:
         return findings.no_culprit
+    if not findings.documents:
+        return "no document could be looked at"
     row = findings.documents[0]
-    named = row.doc_id or f"document {row.document} of {row.store}"
-    return f"most suspicious is {named} ({row.language})"
+    return f"most suspicious is {row.doc_id or row.place} ({row.language})"

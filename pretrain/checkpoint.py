@@ -21,7 +21,7 @@ from data.language_mixture import stream_differences
 from parallel import checkpoint_io
 from parallel.checkpoint_io import CheckpointError, SaveFailed
 from parallel.checkpoint_manifest import MISSING
-from parallel.checkpoint_save import HostMemory, PendingSave
+from parallel.checkpoint_save import HostMemory, PendingSave, StoreLost
 from parallel.engine import MegatronEngine, checkpoint_metadata
 from pretrain.checkpoint_list import find_checkpoints, step_of
 from pretrain.checkpoint_retention import Retention
@@ -58,6 +58,9 @@ class Checkpoints:
         identity: what must not change between saving and resuming, as nested plain values:
             {"model": {...}, "data": {...}, "train": {...}}. Compared on resume, setting by setting.
         notify: told what a person should know; called on every rank.
+
+    `may_publish`, asked on rank 0 before anything in `folder` is published or removed, says whether
+    the run still holds it; may be set from outside.
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class Checkpoints:
         self.config = config
         self.identity = identity
         self.notify = notify
+        self.may_publish: Callable[[], bool] = lambda: True
         self.retention = Retention(folder, config)
         self._memory = HostMemory()
         self._pending: PendingSave | None = None
@@ -119,7 +123,9 @@ class Checkpoints:
         self.wait(state.step)
         self._ending = True
         for pause in (*FINAL_SAVE_PAUSES, None):
-            failure = self._start(engine, state, None) or self.wait(state.step)
+            # On CUDA the state is copied in any case: to the memory there is, not to a second one.
+            memory = self._memory if self._memory.bytes else None
+            failure = self._start(engine, state, memory) or self.wait(state.step)
             if failure is None:
                 return
             if pause is None:
@@ -173,7 +179,7 @@ class Checkpoints:
     def close(self) -> None:
         """When the run ends, with an error perhaps: give the save in flight a moment."""
         if self._pending is not None:
-            with suppress(SaveFailed):
+            with suppress(SaveFailed, StoreLost):
                 self._pending.wait(_FAREWELL_SECONDS)
 
     def _start(
@@ -194,6 +200,7 @@ class Checkpoints:
                 checksums=self.config.verify_integrity,
                 validate=not self._validated,
                 when_published=self._retain,
+                may_publish=self.may_publish,
             )
         except SaveFailed as error:
             return self._note_failure(state.step, error)
@@ -202,6 +209,8 @@ class Checkpoints:
 
     def _prepare(self, target: Path) -> bool:
         """On rank 0: clear away what killed saves and removals left; whether `target` is there."""
+        if not self.may_publish():
+            raise CheckpointError("this run does not hold its folder any more")
         for leftover in self.folder.glob(f"step_*{checkpoint_io.PARTIAL_SUFFIX}"):
             shutil.rmtree(leftover, ignore_errors=True)
         return checkpoint_io.is_complete(target)
@@ -234,7 +243,8 @@ class Checkpoints:
         """On rank 0, after each save, in the thread that made it."""
         self._retention_trouble = ""
         try:
-            self.retention.apply()
+            if self.may_publish():
+                self.retention.apply()
         except OSError as error:
             self._retention_trouble = f"could not remove an old checkpoint: {error}"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterable, Mapping
@@ -26,7 +27,7 @@ def kept(steps: Iterable[int], losses: Mapping[int, float], config: CheckpointCo
     keep = set(ordered[-config.keep_last :])
     if config.keep_every > 0:
         keep |= {step for step in ordered if step % config.keep_every == 0}
-    evaluated = [step for step in ordered if step in losses]
+    evaluated = [step for step in ordered if math.isfinite(losses.get(step, math.nan))]
     best = sorted(evaluated, key=lambda step: (losses[step], -step))
     return keep | set(best[: config.keep_best])
 

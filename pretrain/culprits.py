@@ -99,32 +99,45 @@ class Culprits:
         kept = list(self._kept)
         step, before = kept[-1], kept[:-1]
         usual = UsualLosses(before or kept, self.data.languages)
-        documents = self._documents(step, usual)
         found = Findings(languages=self._languages(step, usual))
+        documents = self._documents(step, usual, found)
         found.nonfinite_samples = sorted({d.sample for d in documents if d.nonfinite_labels})
         if rerun and self.config.rerun_sequences:
             with undisturbed(self.engine):
                 self._run_again(verdict, step, documents, found)
-        found.documents = self._worst(documents, self.config.max_documents)
+        found.documents = self._worst(documents, self.config.max_documents, found)
         for earlier in reversed(before):
             found.earlier.append(
                 EarlierStep(
                     earlier.step,
                     [earlier.first, earlier.first + self.sequences],
                     earlier.losses.mean(),
-                    self._worst(self._documents(earlier, usual), _DOCUMENTS_OF_EARLIER_STEPS),
+                    self._worst(
+                        self._documents(earlier, usual, found), _DOCUMENTS_OF_EARLIER_STEPS, found
+                    ),
                 )
             )
         return found
 
     # ---- what the losses say ---------------------------------------------------------------------
 
-    def _documents(self, step: KeptStep, usual: UsualLosses) -> list[DocumentRow]:
-        """Every document of the step, in the order of the samples; on rank 0 only."""
+    def _documents(self, step: KeptStep, usual: UsualLosses, found: Findings) -> list[DocumentRow]:
+        """Every document of the step, in the order of the samples; on rank 0 only.
+
+        None, and a remark, where they cannot be read: the other ranks are at the next collective.
+        """
         rounds = self.sequences // (self.micro_batch_size * self.runtime.data_parallel_size)
         losses = self._gather(step.token_losses, rounds, self.micro_batch_size)
         if self.runtime.rank != 0:
             return []
+        try:
+            return self._rows(step, usual, losses)
+        except Exception as error:
+            found.remarks.append(f"the documents of step {step.step} cannot be read: {error!r}")
+            return []
+
+    def _rows(self, step: KeptStep, usual: UsualLosses, losses: Tensor) -> list[DocumentRow]:
+        """losses: of all sequences of the step, [G, s]."""
         languages, numbers = self.data.mixture.locate(
             np.arange(step.first, step.first + self.sequences)
         )
@@ -168,16 +181,30 @@ class Culprits:
             nonfinite_labels=labels - int(losses.isfinite().sum()),
         )
 
-    def _worst(self, documents: list[DocumentRow], count: int) -> list[DocumentRow]:
-        """The most suspicious ones, named and with their text."""
+    def _worst(
+        self, documents: list[DocumentRow], count: int, found: Findings
+    ) -> list[DocumentRow]:
+        """The most suspicious ones, named and with their text.
+
+        Those that cannot be named keep their place and numbers, with a remark.
+        """
         worst = sorted(documents, key=_suspicion)[:count]
         for row in worst:
-            pieces = replay_sample(self.data, row.sample).pieces
-            piece = next(piece for piece in pieces if piece.start == row.first_token)
-            row.document, row.source = piece.document, piece.source
-            row.doc_id = piece.doc_id.encode("utf-8", "replace").decode()
-            row.text = piece.text[:_CHARACTERS]
+            try:
+                self._name(row)
+            except Exception as error:  # the other ranks are at the next collective
+                found.remarks.append(
+                    f"the document at token {row.first_token} of {row.store} cannot be read: "
+                    f"{error!r}"
+                )
         return worst
+
+    def _name(self, row: DocumentRow) -> None:
+        pieces = replay_sample(self.data, row.sample).pieces
+        piece = next(piece for piece in pieces if piece.start == row.first_token)
+        row.document, row.source = piece.document, piece.source
+        row.doc_id = piece.doc_id
+        row.text = piece.text[:_CHARACTERS]
 
     def _languages(self, step: KeptStep, usual: UsualLosses) -> list[LanguageRow]:
         family_of, totals = self.data.family_of, step.losses.totals
@@ -216,7 +243,10 @@ class Culprits:
         self, verdict: Verdict, step: KeptStep, documents: list[DocumentRow], found: Findings
     ) -> None:
         by_loss = verdict.kind == "spike" and verdict.loss_z > self.config.spike_threshold
-        if from_rank_zero(found.nonfinite_samples):
+        readable, nonfinite = from_rank_zero((bool(documents), bool(found.nonfinite_samples)))
+        if not readable:
+            return
+        if nonfinite:
             self._find_nonfinite_losses(documents, found)
         elif verdict.kind == "nonfinite":
             self._find_nonfinite_gradients(step, documents, found)

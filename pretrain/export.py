@@ -20,7 +20,6 @@ import torch
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
-from data.open_data import open_tokenizer
 from data.tokenizer import PAD, Tokenizer
 from models import hugging_face
 from models.config import ModelConfig
@@ -31,7 +30,7 @@ from pretrain.checkpoint_list import find_checkpoint, losses_of, run_folder_of, 
 from pretrain.config import PretrainConfig
 from pretrain.convert_checkpoint import new_dtype
 from pretrain.export_check import Check, ExportError, check_export
-from pretrain.generate import load_run_config
+from pretrain.generate import load_run_config, tokenizer_of
 from pretrain.model_card import model_card
 from pretrain.run import model_identity
 from pretrain.safetensors_file import Entry, write_sharded
@@ -77,9 +76,10 @@ def export(
     Raises:
         FileNotFoundError: no checkpoint, no settings of a run beside it, or no tokenizer.
         FileExistsError: `out` exists.
-        ExportError: settings, tokenizer or weights are not those of the checkpoint's model, or
-            the exported model does not compute the same; `out` is then absent.
-        ValueError: a damaged checkpoint.
+        ExportError: settings or weights are not those of the checkpoint's model, or the exported
+            model does not compute the same; `out` is then absent.
+        ValueError: a damaged checkpoint, or one that could run a program when loaded; or the
+            tokenizer is not known, or not the model's.
     """
     source = open_source(path, step, tokenizer)
     architecture = architecture_of(source.model)
@@ -114,18 +114,14 @@ def open_source(path: Path, step: int | None = None, tokenizer: str = "") -> Exp
         ) from error
     if tokenizer:
         config.data = replace(config.data, tokenizer=tokenizer)
-    opened = open_tokenizer(config.data)
-    plain = CheckpointReader(checkpoint).plain
-    identity, state = plain.get("identity") or {}, plain.get("train_state") or {}
-    trained_with = (identity.get("data") or {}).get("tokenizer")
-    if trained_with not in (None, opened.fingerprint):
-        raise ExportError(
-            f"{opened.path} is not the tokenizer this model was trained with (its fingerprint is "
-            f"{opened.fingerprint[:12]}..., not {trained_with[:12]}...); name that one with "
-            "--tokenizer"
-        )
+    reader = CheckpointReader(checkpoint)
+    reader.check_harmless()
+    identity = reader.plain.get("identity") or {}
+    state = reader.plain.get("train_state") or {}
     saved = identity.get("model") or {}
-    size = saved.get("vocab_size") or config.model.vocab_size or opened.vocab_size
+    known = saved.get("vocab_size") or config.model.vocab_size
+    opened = tokenizer_of(checkpoint, config.data, identity, known)
+    size = known or opened.vocab_size
     now = model_identity(config.model, size)
     differ = [f"{k}={now[k]} and {saved[k]}" for k in saved if k in now and now[k] != saved[k]]
     if differ:
@@ -214,7 +210,8 @@ def write_settings(
     )
     config = config_of(source.model, architecture) | ids | {"dtype": _type_name(kind)}
     _write_json(folder / "config.json", config)
-    _write_json(folder / "generation_config.json", ids)
+    # generate() looks here and not into config.json
+    _write_json(folder / "generation_config.json", ids | {"use_cache": config["use_cache"]})
     _write_tokenizer(source, folder, special)
     if architecture is Architecture.magneto:
         shutil.copyfile(Path(hugging_face.__path__[0]) / MODELING_FILE, folder / MODELING_FILE)

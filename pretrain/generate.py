@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from data.config import DataConfig
 from data.open_data import open_tokenizer
+from data.tokenizer import Tokenizer
 from models.build import build_model
 from models.config import ModelConfig
 from models.parameter_count import padded_vocab_size
 from parallel import checkpoint_io
+from parallel.checkpoint_reader import CheckpointReader
 from parallel.config import ParallelConfig
 from parallel.engine import checkpoint_metadata
 from parallel.inference import last_token_logits
@@ -57,23 +61,68 @@ def load_run_config(run_dir: Path) -> PretrainConfig:
     return config
 
 
+def tokenizer_of(
+    checkpoint: Path, data: DataConfig, identity: dict[str, Any], vocab_size: int | None
+) -> Tokenizer:
+    """The tokenizer of a checkpoint's model: the one of `data`, compared with what is known.
+
+    Args:
+        identity: the checkpoint's; of an import it says nothing about a tokenizer.
+        vocab_size: the model's; None: the tokenizer's.
+
+    Raises:
+        ValueError: it is another one; or nothing says which one it is, or it has ids that the model
+            does not have.
+    """
+    trained_with = (identity.get("data") or {}).get("tokenizer")
+    if trained_with is None and not data.tokenizer:
+        raise ValueError(
+            f"{checkpoint} does not say with which tokenizer its model was trained (imported "
+            "weights do not), and data.tokenizer is empty: name its file with --tokenizer"
+        )
+    tokenizer = open_tokenizer(data)
+    if trained_with not in (None, tokenizer.fingerprint):
+        raise ValueError(
+            f"{tokenizer.path} is not the tokenizer this model was trained with (its fingerprint "
+            f"is {tokenizer.fingerprint[:12]}..., not {trained_with[:12]}...); name that one with "
+            "--tokenizer"
+        )
+    if trained_with is None and vocab_size is not None and tokenizer.vocab_size > vocab_size:
+        raise ValueError(
+            f"{tokenizer.path} is not this model's tokenizer: it has {tokenizer.vocab_size} ids, "
+            f"the model {vocab_size}; name the right one with --tokenizer"
+        )
+    return tokenizer
+
+
 def generate(
-    run_dir: Path, prompts: Sequence[str], parallel: ParallelConfig, sampling: SamplingConfig
+    run_dir: Path,
+    prompts: Sequence[str],
+    parallel: ParallelConfig,
+    sampling: SamplingConfig,
+    tokenizer_file: str = "",
 ) -> list[str]:
     """Continue each prompt with the newest checkpoint of `run_dir`; the same texts on every rank.
 
     The layout is free: it need not be the one the run was trained with. All ranks must call it.
 
+    tokenizer_file: if it is not where the run's settings say.
+
     Raises:
         FileNotFoundError: no run, or no complete checkpoint, in `run_dir`.
-        ValueError: a prompt and its continuation exceed the model's `max_position_embeddings`.
+        ValueError: a prompt and its continuation exceed the model's `max_position_embeddings`, or
+            the tokenizer is not known, or not the model's.
+        CheckpointError: the checkpoint cannot be read, or loading it could run a program.
     """
     config = load_run_config(run_dir)
     newest = Checkpoints(run_dir / "checkpoints", config.checkpoint, {}).steps()
     if not newest:
         raise FileNotFoundError(f"{run_dir}/checkpoints holds no complete checkpoint")
-    tokenizer = open_tokenizer(config.data)
-    model = replace(config.model, vocab_size=config.model.vocab_size or tokenizer.vocab_size)
+    identity = CheckpointReader(newest[-1]).plain.get("identity") or {}
+    size = (identity.get("model") or {}).get("vocab_size") or config.model.vocab_size
+    data = replace(config.data, tokenizer=tokenizer_file or config.data.tokenizer)
+    tokenizer = tokenizer_of(newest[-1], data, identity, size)
+    model = replace(config.model, vocab_size=size or tokenizer.vocab_size)
     ids = [tokenizer.encode(prompt) or [tokenizer.eod_id] for prompt in prompts]
     longest = max(map(len, ids)) + sampling.max_new_tokens
     if longest > model.max_position_embeddings:

@@ -22,6 +22,7 @@ from models.build import build_model
 from models.config import Activation, ModelConfig, PositionEmbedding
 from models.foreign_weights import OUTPUT, Origin, Recipe, recipes
 from models.initialize import EMBEDDING
+from models.moe_config import RouterType, ScoreFunction
 from models.parameter_count import padded_vocab_size
 from models.xpos import xpos_decay
 from parallel import checkpoint_io
@@ -66,7 +67,8 @@ def import_weights(
     Args:
         path: TorchScale: a state dict by torch.save, alone or under "model", names with or without
             "decoder." in front. Megatron-LM: a torch_dist folder (iter_0001000).
-        config: with the model that the weights are of. model.vocab_size=None: the embedding's rows.
+        config: with the model that the weights are of. model.vocab_size=None: the embedding's rows;
+            a number: there may be more rows if they are padding.
         rotary_interleaved: Megatron-LM's setting; None: what the checkpoint says, else False.
 
     Raises:
@@ -112,7 +114,8 @@ def _write(
         )
         derived = _derived(foreign, model)
         _check_names(found, foreign, derived)
-        _fill(targets, found, foreign)
+        _check_vocabulary(found, foreign, size)
+        _fill(targets, found, foreign, size)
         checkpoint_io.save(
             {
                 "model0": chunk.sharded_state_dict(metadata=checkpoint_metadata()),
@@ -236,7 +239,32 @@ def _check_names(found: Mapping[str, Recipe], foreign: Foreign, derived: list[st
         )
 
 
-def _fill(targets: Mapping[str, Tensor], found: Mapping[str, Recipe], foreign: Foreign) -> None:
+def _check_vocabulary(found: Mapping[str, Recipe], foreign: Foreign, size: int) -> None:
+    """That rows of the embedding and the output are there for `size` ids, and that more of them are
+    padding: of Megatron's size (what is in it was never trained), or zero."""
+    factors = ("make_vocab_size_divisible_by", "tensor_model_parallel_size")
+    divisors = [foreign.args.get(name) for name in factors]
+    padded = None
+    if all(isinstance(divisor, int) and divisor > 0 for divisor in divisors):
+        padded = padded_vocab_size(size, math.prod(divisors))  # type: ignore[arg-type]
+    for name in {EMBEDDING, OUTPUT} & set(found):
+        source = found[name].names[0]
+        rows = foreign.shapes[source][0]
+        if rows < size:
+            raise WeightsError(
+                f"{source} has {rows} rows, model.vocab_size={size} needs {size}; leave it out to "
+                f"take all rows, or set it to {rows} or less"
+            )
+        if rows not in (size, padded) and foreign.read(source)[size:].any():
+            raise WeightsError(
+                f"{source} has {rows} rows, and those behind model.vocab_size={size} are no "
+                "padding that we know; leave it out to take all rows"
+            )
+
+
+def _fill(
+    targets: Mapping[str, Tensor], found: Mapping[str, Recipe], foreign: Foreign, size: int
+) -> None:
     problems = []
     with torch.no_grad():
         for name, target in targets.items():
@@ -247,9 +275,9 @@ def _fill(targets: Mapping[str, Tensor], found: Mapping[str, Recipe], foreign: F
                 problems.append(f"{name}: {str(error).splitlines()[0]}")
                 continue
             if name in (EMBEDDING, OUTPUT) and value.shape[1:] == target.shape[1:]:
-                rows = min(len(value), len(target))  # both sides pad the vocabulary, each its way
-                target[:rows].copy_(value[:rows])
-                target[rows:].zero_()
+                # both sides pad the vocabulary, each its way
+                target[:size].copy_(value[:size])
+                target[size:].zero_()
             elif value.shape == target.shape:
                 target.copy_(value)
             else:
@@ -263,7 +291,13 @@ def _fill(targets: Mapping[str, Tensor], found: Mapping[str, Recipe], foreign: F
 
 
 def _check_megatron_args(args: Mapping[str, Any], model: ModelConfig) -> None:
-    """What weights do not show; only where the checkpoint has its settings."""
+    """What weights do not show; but for the router only where the checkpoint has its settings."""
+    moe = model.moe
+    routers = {
+        RouterType.linear: moe.router_score_function,
+        RouterType.aux_free: ScoreFunction.sigmoid,
+    }
+    score_function = routers.get(moe.router)
     positions = {"rope": PositionEmbedding.rope, "none": PositionEmbedding.none}
     ours: dict[str, Any] = {
         "num_layers": model.num_layers,
@@ -274,10 +308,28 @@ def _check_megatron_args(args: Mapping[str, Any], model: ModelConfig) -> None:
         "swiglu": model.activation is Activation.swiglu,
         "apply_layernorm_1p": False,
         "squared_relu": False,
-        "moe_router_topk": model.moe.router_topk,
         "rotary_percent": 1.0,
+        "rotary_seq_len_interpolation_factor": None,
+        "use_rope_scaling": False,
+        "moe_router_topk": moe.router_topk,
+        "moe_router_num_groups": None,
+        "moe_router_group_topk": None,
+        # 1 is none, too
+        "moe_router_topk_scaling_factor": (
+            1.0 if args.get("moe_router_topk_scaling_factor") == 1 else None
+        ),
     }
     problems = []
+    if moe.num_experts and score_function is None:
+        problems.append(
+            f"model.moe.router={moe.router.value}, which Megatron-LM does not have; set "
+            "model.moe.router=linear or aux_free"
+        )
+    elif score_function is not None:
+        ours["moe_router_score_function"] = score_function.value
+        if score_function is ScoreFunction.softmax:
+            # over all experts for one (Switch), over those that are asked for several (GShard)
+            ours["moe_router_pre_softmax"] = moe.router_topk == 1
     if "position_embedding_type" in args:
         theirs = args["position_embedding_type"]
         if positions.get(theirs) is not model.position_embedding_type:
@@ -286,7 +338,7 @@ def _check_megatron_args(args: Mapping[str, Any], model: ModelConfig) -> None:
                 f"model.position_embedding_type={model.position_embedding_type.value}"
             )
     for name, wanted in ours.items():
-        if name not in args or (name.startswith("moe_") and not model.moe.num_experts):
+        if name not in args or (name.startswith("moe_") and not moe.num_experts):
             continue
         theirs = args[name]
         close = isinstance(theirs, int | float) and isinstance(wanted, int | float)

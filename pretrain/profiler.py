@@ -12,12 +12,16 @@ from typing import Any, TypedDict
 import torch
 import torch.distributed as dist
 
+from parallel import failure_watch
 from parallel.runtime import Runtime
 from parallel.stage_clock import STAGES, Table
 from pretrain.config import ProfileConfig
 
 PROFILE_FOLDER = "profile"
 TABLE_FILE = "step_times.txt"
+# torch holds Python's lock while it ends a trace and writes it, 28 µs for each operator: this rank
+# gives no sign of life for so many seconds at most, which are 10 million operators.
+TRACE_SECONDS = 300.0
 
 
 class RankTimes(TypedDict):
@@ -89,10 +93,12 @@ class StepProfiler:
             return None
         self.folder.mkdir(parents=True, exist_ok=True)
         if self._trace is not None:
-            self._trace.stop()
-            self._trace.export_chrome_trace(
-                str(self.folder / f"rank_{self._runtime.rank:04d}.json")
-            )
+            watch = failure_watch.current()
+            with watch.pause(TRACE_SECONDS) if watch is not None else contextlib.nullcontext():
+                self._trace.stop()
+                self._trace.export_chrome_trace(
+                    str(self.folder / f"rank_{self._runtime.rank:04d}.json")
+                )
             self._trace = None
         ranks = self._gather()
         first, steps = self._first, len(self._tables)

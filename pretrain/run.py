@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -117,6 +118,7 @@ def train(config: PretrainConfig, runtime: Runtime, stop: StopSignal, status: Ru
         identity(config, data),
         notify=notice(events, print if runtime.rank == 0 else None),
     )
+    checkpoints.may_publish = status.may_publish
     state = checkpoints.resume(engine)  # a refused resume leaves no trace
     record_run(config, data, runtime, run_dir, resumed_step=state.step)
     status.starting(state.step, config.train.train_steps, runtime.world_size)
@@ -214,17 +216,18 @@ def run_folder(run_dir: Path, runtime: Runtime) -> Iterator[RunStatus]:
 
 def keep_wandb_run_id(run_dir: Path, state: TrainState, runtime: Runtime) -> None:
     """Before the tracker starts: the checkpoint's W&B run goes on where the folder has lost its id.
-    After it: the next checkpoint knows the folder's.
+    After it: the next checkpoint knows the folder's. All ranks must call it.
 
     `checkpoint.load` starts a new run there, as it starts counting anew.
     """
-    if runtime.rank != 0:
-        return
     file = run_dir / WANDB_RUN_ID_FILE
-    if state.wandb_run_id and not file.is_file():
+    if runtime.rank == 0 and state.wandb_run_id and not file.is_file():
         atomic_write_text(file, state.wandb_run_id + "\n")
-    elif file.is_file():
+    elif runtime.rank == 0 and file.is_file():
         state.wandb_run_id = file.read_text(encoding="utf-8").strip()
+    everyones = [state.wandb_run_id]
+    torch.distributed.broadcast_object_list(everyones, src=0)
+    state.wandb_run_id = everyones[0]
 
 
 def wall_time(config: PretrainConfig, runtime: Runtime) -> WallTime:
@@ -264,6 +267,7 @@ def prepare_data(config: PretrainConfig, runtime: Runtime) -> Data:
             failure = error
             if (watch := failure_watch.current()) is not None:
                 watch.announce(error)  # before the others learn of it, and raise for that reason
+    wait_for_preparation(runtime)
     failed = torch.tensor(float(failure is not None), device=runtime.device)
     torch.distributed.all_reduce(failed)
     if failure is not None:
@@ -271,6 +275,16 @@ def prepare_data(config: PretrainConfig, runtime: Runtime) -> Data:
     if failed:
         raise RuntimeError("preparing the data failed on another rank; its message says why")
     return open_data(config.data, config.seq_length)
+
+
+def wait_for_preparation(runtime: Runtime) -> None:
+    """Until all ranks are here, however long: a collective would give up after half an hour."""
+    if runtime.store.add("data_prepared/count", 1) == runtime.world_size:
+        runtime.store.set("data_prepared/all", "")
+    seconds = 0.01
+    while not runtime.store.check(["data_prepared/all"]):
+        time.sleep(seconds)
+        seconds = min(2 * seconds, 1.0)
 
 
 def train_loader(
@@ -383,7 +397,28 @@ def accelerator_lines(runtime: Runtime) -> list[str]:
 
 
 def report(outcome: Outcome, run_dir: Path, config: PretrainConfig) -> None:
-    """Losses by family at start and end, a picture of the curves, and what to try next."""
+    """Losses by family at start and end, a picture of the curves, and what to try next.
+
+    The run is over: what goes wrong here is told, and changes nothing about how it ended.
+    """
+    if outcome.stopped_by:  # within a grace time
+        print(f"stopped by {outcome.stopped_by}; the same command goes on from the checkpoint")
+        return
+    try:
+        artefacts = draw(run_dir)
+        evaluations = [r for r in read_metrics(run_dir / "metrics.jsonl") if "eval/loss" in r]
+        print_report(
+            evaluations[0],  # of the run's first start, however often it was resumed
+            outcome.last_evaluation,
+            artefacts=artefacts,
+            next_steps=next_steps(run_dir, config),
+        )
+    except Exception as error:
+        print(f"no report, the run itself is complete: {type(error).__name__}: {error}")
+
+
+def draw(run_dir: Path) -> dict[str, Path]:
+    """Pictures and the page of a run; where they and its records are."""
     artefacts = {
         "curves": plot_curves(run_dir / "metrics.jsonl", run_dir / "curves.png"),
         "metrics": run_dir / "metrics.jsonl",
@@ -391,18 +426,7 @@ def report(outcome: Outcome, run_dir: Path, config: PretrainConfig) -> None:
         "page": write_html_report(run_dir),
     }
     routing = plot_router(run_dir, run_dir / "router.png")
-    if routing is not None:
-        artefacts["routing"] = routing
-    if outcome.stopped_by:
-        print(f"stopped by {outcome.stopped_by}; the same command goes on from the checkpoint")
-        return
-    evaluations = [r for r in read_metrics(run_dir / "metrics.jsonl") if "eval/loss" in r]
-    print_report(
-        evaluations[0],  # of the run's first start, however often it was resumed
-        outcome.last_evaluation,
-        artefacts=artefacts,
-        next_steps=next_steps(run_dir, config),
-    )
+    return artefacts if routing is None else {**artefacts, "routing": routing}
 
 
 def next_steps(run_dir: Path, config: PretrainConfig) -> list[str]:

@@ -102,6 +102,13 @@ class RunLock:
             f"{STALE_SECONDS:g} s. It ends here, without saving"
         )
 
+    def holds(self) -> bool:
+        """Whether the folder is still this run's: looks at the file, which costs an opening of it.
+        One that somebody removed counts; the next heartbeat makes it anew."""
+        if self.lost or self._stop.is_set():
+            return False
+        return self._file.is_ours() or not self._file.path.exists()
+
     def _gives_way(self, path: Path, holder: dict[str, Any]) -> bool:
         job, restarts = self._job["slurm_job_id"], self._job["slurm_restart_count"]
         same_job = job is not None and holder.get("slurm_job_id") == job

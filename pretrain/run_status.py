@@ -91,8 +91,19 @@ class RunStatus:
             self._change(RUNNING)
 
     def saving(self, step: int) -> None:
+        """A save of `step` begins. Raises as `running`."""
+        if self._lock is None:
+            return
+        self._lock.check()
         self._record["step"] = step
         self._change(SAVING)
+
+    def may_publish(self) -> bool:
+        """Whether the run folder is still this run's, by what stands in its lock. From any thread.
+
+        Raises OSError where that cannot be read.
+        """
+        return self._lock is None or self._lock.holds()
 
     def ended(self, stopped_by: str | None) -> None:
         """The run came to its end, or was stopped before it."""

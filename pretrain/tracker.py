@@ -63,7 +63,7 @@ class StepLines:
     """A file of one JSON object a line, each with a "step", that survives crashes and resumes.
 
     Each line is handed to the operating system at once, so killing the process loses none; only a
-    power loss may.
+    power loss may. A full disk does not end the run: lines wait in memory until it takes them.
 
     A run resumed from step k takes the steps after k again, so their old lines are dropped, as is
     a line cut off by a crash; the file is rewritten atomically.
@@ -80,11 +80,21 @@ class StepLines:
             kept = "" if resumed_step is None else _lines_up_to(old, resumed_step)
             if kept != old:
                 atomic_write_text(self.path, kept)
-        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115  closed by close()
+        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115  closed by close()
+        self._waiting = b""
+        self._failing = False
 
     def write(self, record: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        self._waiting += (json.dumps(record) + "\n").encode()
+        try:
+            while self._waiting:  # a disk that fills up takes a part
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+        except OSError as error:
+            if not self._failing:
+                _warn(f"could not write {self.path} ({error}); its lines wait in memory")
+            self._failing = True
+            return
+        self._failing = False
 
     def reopened(self, step: int) -> "StepLines":
         """The file without the lines after `step`, of a run that goes on from there."""
@@ -92,6 +102,10 @@ class StepLines:
         return StepLines(self.path, step)
 
     def close(self) -> None:
+        if self._waiting and not self._file.closed:
+            with contextlib.suppress(OSError):
+                self._file.write(self._waiting)
+        self._waiting = b""
         self._file.close()
 
 
@@ -358,7 +372,8 @@ class TensorboardTracker:
 
     A start tells TensorBoard to drop the steps it is about to repeat. Events are written by a
     thread every 30 s: killing the process loses the last of them, and metrics.jsonl has them.
-    A value that is not finite is left out. Needs the package tensorboard.
+    A value that is not finite is left out. A disk that is full ends this, not the run. Needs the
+    package tensorboard.
     """
 
     def __init__(self, run_dir: str | Path, resumed_step: int | None = None) -> None:
@@ -366,9 +381,15 @@ class TensorboardTracker:
         self._writer = _summary_writer(self._folder, resumed_step)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        for name, value in metrics.items():
-            if math.isfinite(value):
-                self._writer.add_scalar(name, value, step)
+        if self._writer is None:
+            return
+        try:
+            for name, value in metrics.items():
+                if math.isfinite(value):
+                    self._writer.add_scalar(name, value, step)
+        except OSError as error:  # what the thread met when it wrote
+            self._writer = None
+            _warn(f"TensorBoard's files cannot be written ({error}); the run goes on without them")
 
     def log_table(self, step: int, name: str, columns: list[str], rows: list[list[Any]]) -> None:
         pass
@@ -378,7 +399,9 @@ class TensorboardTracker:
         self._writer = _summary_writer(self._folder, step)
 
     def close(self, failed: bool = False) -> None:
-        self._writer.close()
+        if self._writer is not None:
+            with contextlib.suppress(OSError):
+                self._writer.close()
 
 
 def _summary_writer(folder: Path, resumed_step: int | None) -> Any:
@@ -407,8 +430,9 @@ class _Trackers:
             tracker.go_back(step)
 
     def close(self, failed: bool = False) -> None:
-        for tracker in self._trackers:
-            tracker.close(failed)
+        with contextlib.ExitStack() as all_of_them:  # also those after one that raises
+            for tracker in self._trackers:
+                all_of_them.callback(tracker.close, failed)
 
 
 def resolve_wandb_mode(mode: WandbMode) -> str:

@@ -77,6 +77,7 @@ class TrainLoop:
     def run(self, state: TrainState, stop: StopSignal) -> Outcome:
         """Train from `state` to the last step; on a signal, or when the time is up, finish the
         step, save, return."""
+        self.anomalies.take_up(state)
         last_step = self._last_step(state)
         outcome = Outcome(stopped_by=self._stopped_by(stop))
         if outcome.stopped_by:  # while starting: there is nothing new to save
@@ -100,9 +101,9 @@ class TrainLoop:
             # a stopping run has a grace period to keep: it skips its evaluation
             if not stopping and (last or self._evaluation_due(state.step)):
                 outcome.last_evaluation = self._evaluate(state)
-        if stopping and state.step < last_step:
+        if stopping:  # also after the last step, whose evaluation the next start makes
             outcome.stopped_by = self._stopped_by(stop) or WALLTIME
-            self.events.write("stop", state.step, f"stopped by {outcome.stopped_by}, saved")
+            self.events.write("stop", state.step, f"stopped by {outcome.stopped_by}")
         self.instruments.finish()
         return outcome
 
@@ -228,6 +229,7 @@ class TrainLoop:
             saved_at=saved.consumed_sequences,
         )
         state.go_back(saved, list(left_out))
+        self.anomalies.remember_rollback(state)
         self._record_start(state)
         if self.ledger is not None:
             self.ledger.write(

@@ -4,7 +4,7 @@ The data order and the dropout masks are functions of the step, so counters are 
 what later steps are compared with.
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from pretrain.anomaly import AnomalyState
@@ -33,6 +33,24 @@ class TrainState:
         self.consumed_sequences = saved.consumed_sequences
         self.consumed_tokens = saved.consumed_tokens
         self.anomaly = self.anomaly.rolled_back(saved.anomaly, left_out)
+
+    def rollback(self) -> dict[str, Any]:
+        """Right after `go_back`: what the checkpoint does not know of it."""
+        known = asdict(self.anomaly)
+        return {
+            "step": self.step,
+            **{name: known[name] for name in ("count", "rollbacks", "left_out_samples")},
+        }
+
+    def take_up(self, rollback: dict[str, Any]) -> bool:
+        """After a resume: go on as after this `rollback`, if it was to this step or a later one and
+        the checkpoint does not know of it. Returns whether that was so."""
+        known_to_checkpoint = rollback["rollbacks"] <= self.anomaly.rollbacks
+        if not 0 < self.step <= rollback["step"] or known_to_checkpoint:
+            return False
+        news = {name: value for name, value in rollback.items() if name != "step"}
+        self.anomaly = replace(self.anomaly, **news)
+        return True
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

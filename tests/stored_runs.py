@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from data.config import DataConfig
+from data.open_mixture import DEMO_TOKENIZER
+from data.tokenizer import load_tokenizer
 from models.build import build_model
 from models.config import ModelConfig
 from models.initialize import counter_normal, parameter_key
@@ -47,6 +50,11 @@ def write_run(
     return run / "checkpoints" / f"step_{step:08d}"
 
 
+@cache
+def demo_fingerprint() -> str:
+    return load_tokenizer(DEMO_TOKENIZER).fingerprint
+
+
 def disturb(chunk: MegatronModule) -> None:
     """Norms and biases that are not 1 and 0, so that none can be missing unnoticed."""
     for name, value in chunk.state_dict().items():
@@ -59,12 +67,13 @@ def save(
     chunk: MegatronModule, run: Path, model: ModelConfig, size: int, step: int, tokens: int
 ) -> None:
     state = TrainState(step=step, consumed_sequences=step, consumed_tokens=tokens)
+    identity = {"model": model_identity(model, size), "data": {"tokenizer": demo_fingerprint()}}
     checkpoint_io.save(
         {
             "model0": chunk.sharded_state_dict(metadata=checkpoint_metadata()),
             "format": FORMAT,
             "train_state": state.to_dict(),
-            "identity": {"model": model_identity(model, size)},
+            "identity": identity,
         },
         run / "checkpoints" / f"step_{step:08d}",
         metadata=checkpoint_metadata(),

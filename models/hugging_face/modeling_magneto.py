@@ -507,6 +507,9 @@ class MagnetoForCausalLM(MagnetoPreTrainedModel, GenerationMixin):
         if transformers.__version__.startswith("4.")
         else {"lm_head.weight": "model.embed_tokens.weight"}
     )
+    # The loss is a mean: without this Trainer takes `**unused` for a sign that it divides by
+    # num_items_in_batch, and does not divide by gradient_accumulation_steps itself.
+    accepts_loss_kwargs = False
 
     def __init__(self, config: MagnetoConfig) -> None:
         super().__init__(config)

@@ -36,7 +36,6 @@ def main() -> None:
             max_new_tokens=request["new_tokens"],
             min_new_tokens=request["new_tokens"],
             do_sample=False,
-            use_cache=model.config.use_cache,
         )
         greedy = output[0, prompt.shape[1] :].tolist()
     answer: dict[str, Any] = {

@@ -81,8 +81,24 @@ def stand_in(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 @pytest.fixture(scope="module")
+def in_vain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """In Python's place: saves nothing. Says that it was stopped, with ENDS, or does not stop."""
+    python = tmp_path_factory.mktemp("in_vain") / "python"
+    python.write_text(
+        "#!/bin/sh\n"
+        'for word; do case $word in run_dir=*) cd "${word#run_dir=}";; esac; done\n'
+        """echo '{"state": "stopped", "step": 0, "train_steps": 40}' >status.json\n"""
+        '[ -n "$ENDS" ] && exit 0\n'
+        'touch "up${SLURM_RESTART_COUNT:-0}"\n'
+        "exec sleep 100\n"
+    )
+    python.chmod(0o755)
+    return python
+
+
+@pytest.fixture(scope="module")
 def runs(
-    lab: SlurmLab, stand_in: list[str], tmp_path_factory: pytest.TempPathFactory
+    lab: SlurmLab, stand_in: list[str], in_vain: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, tuple[Run, list[str]]]:
     """Jobs that run beside each other, for each takes SLURM some seconds of doing nothing."""
     words = {
@@ -90,7 +106,13 @@ def runs(
         "not requeued": ["cluster.max_requeues=0", "cluster.environment.HOLD_AT=7"],
         "failing once": ["cluster.environment.FAIL_AT=1", "cluster.environment.FAIL_ONCE=1"],
         "failing always": ["cluster.environment.FAIL_AT=1", "cluster.max_failures=2"],
+        # in vain: no start leaves a checkpoint. Less requeues than would do without giving up
+        "in vain, stopped": [f"cluster.python={in_vain}", "cluster.environment.ENDS=yes"],
+        "in vain, too late": [f"cluster.python={in_vain}"],
     }
+    for name in ("in vain, stopped", "in vain, too late"):
+        words[name] += ["cluster.max_failures=2", "cluster.max_requeues=3"]
+        words[name] += ["cluster.environment.SLURM_JOB_END_TIME=1"]  # that time is over already
     started = {}
     for name, extra in words.items():
         run = Run(lab, tmp_path_factory.mktemp("runs") / "run")
@@ -147,7 +169,31 @@ def test_failures_without_a_new_checkpoint_end_it(runs: dict[str, tuple[Run, lis
     run, (job,) = runs["failing always"]
     assert run.wait_for_end(job) == "FAILED"
     assert run.lab.job(job)["Restarts"] == "1"
-    assert "failure 2 without a new checkpoint; cluster.max_failures=2: given up" in run.log(job)
+    assert "start 2 in a row without a new checkpoint, cluster.max_failures=2" in run.log(job)
+
+
+def test_stopped_again_and_again_without_a_checkpoint_it_gives_up(
+    runs: dict[str, tuple[Run, list[str]]],
+) -> None:
+    run, (job,) = runs["in vain, stopped"]
+    assert run.wait_for_end(job) == "FAILED"
+    assert run.lab.job(job)["Restarts"] == "1"
+    assert run.lab.job(job)["ExitCode"] == "75:0"
+    assert "start 2 in a row without a new checkpoint, cluster.max_failures=2" in run.log(job)
+
+
+def test_a_first_save_that_never_ends_in_time_ends_it(
+    runs: dict[str, tuple[Run, list[str]]],
+) -> None:
+    run, (job,) = runs["in vain, too late"]
+    for start in range(2):
+        run.lab.wait((run.folder / f"up{start}").exists, 60)
+        run.lab.run("scancel", "--batch", "--signal=USR1", job)
+    assert run.wait_for_end(job) == "FAILED"
+    assert run.lab.job(job)["Restarts"] == "1"
+    log = run.log(job)
+    assert log.count("not saved in time") == 2
+    assert "start 2 in a row without a new checkpoint, cluster.max_failures=2" in log
 
 
 def test_what_the_partitions_do_not_allow(

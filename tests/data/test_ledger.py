@@ -58,3 +58,12 @@ def test_refusals(tmp_path: Path) -> None:
         samples_of_step([], 0)
     with pytest.raises(ValueError, match="no start before this step"):
         samples_of_step([], 3)
+
+
+def test_a_full_disk_costs_no_entry(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ledger = Ledger(tmp_path / "gone")
+    ledger.write("start", step=0, consumed_sequences=0)  # no such folder
+    assert "could not write" in capsys.readouterr().err
+    (tmp_path / "gone").mkdir()
+    ledger.write("skip", step=1, consumed_sequences=8)
+    assert [entry["event"] for entry in read_ledger(tmp_path / "gone")] == ["start", "skip"]

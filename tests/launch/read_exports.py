@@ -33,6 +33,8 @@ def main() -> None:
         answers[out.parent.name] = model(ids).logits
         if out.parent.name == "xmoe":
             answers["of xmoe"] = more_of(model, ids)
+        if out.parent.name == "torchscale top-1":
+            answers["continued"] = continued(model, ids[:, :10])
         if out.parent.name == "bf16":
             stored = transformers.AutoModelForCausalLM.from_pretrained(
                 out, dtype="auto", trust_remote_code=True
@@ -56,10 +58,26 @@ def more_of(model: Any, ids: Any) -> dict[str, Any]:
         "padded": model(padded, attention_mask=mask).logits[:, 3:],
         "last": model(ids, logits_to_keep=1).logits,
         "loss": float(model(ids, labels=ids).loss),
+        "loss is a mean": not model.accepts_loss_kwargs,
         "generated": model.generate(
             padded[:, :10], attention_mask=mask[:, :10], max_new_tokens=4, do_sample=False
         ),
     }
+
+
+def continued(model: Any, ids: Any) -> dict[str, Any]:
+    """Greedily: by generate() as it is, and by whole forward passes."""
+    import torch
+
+    by_hand = ids
+    for _ in range(8):
+        best = model(by_hand).logits[:, -1:].argmax(-1)
+        by_hand = torch.cat([by_hand, best], dim=1)
+    mask = torch.ones_like(ids)
+    made = model.generate(
+        ids, attention_mask=mask, max_new_tokens=8, min_new_tokens=8, do_sample=False
+    )
+    return {"generated": made, "by hand": by_hand}
 
 
 if __name__ == "__main__":

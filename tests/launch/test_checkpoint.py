@@ -33,6 +33,7 @@ from pretrain.checkpoint_list import find_checkpoint, find_checkpoints
 from pretrain.compare_checkpoints import compare
 from pretrain.config import CheckpointConfig
 from pretrain.convert_checkpoint import to_checkpoint
+from pretrain.export import open_source
 from pretrain.run import model_identity
 from pretrain.safetensors_file import Entry, write_sharded
 from pretrain.train_state import TrainState
@@ -212,6 +213,15 @@ def plant(folder: Path, file: str, trap: Path) -> None:
         (folder / file).write_bytes(pickle.dumps(evil))
     elif file == "common.pt":
         torch.save({"train_state": evil}, folder / file)
+    elif file == "object":
+        index = pickle.loads((folder / ".metadata").read_bytes())
+        places = index.storage_data
+        place = places[next(key for key in places if "_extra_state" in key.fqn)]
+        inside = io.BytesIO()
+        torch.save(evil, inside)
+        with open(folder / place.relative_path, "ab") as end:
+            place.offset, place.length = end.tell(), end.write(inside.getvalue())
+        (folder / ".metadata").write_bytes(pickle.dumps(index))
     else:
         index = CheckpointReader(folder)
         piece = next(iter(index.weights.values())).pieces[0]
@@ -223,21 +233,78 @@ def plant(folder: Path, file: str, trap: Path) -> None:
         (folder / "evil").unlink()
 
 
-@pytest.mark.parametrize("file", [".metadata", "common.pt", "__0_0.distcp"])
+@pytest.mark.parametrize("file", [".metadata", "common.pt", "__0_0.distcp", "object"])
 def test_nothing_that_a_file_names_is_executed(copy: Path, tmp_path: Path, file: str) -> None:
     folder, trap = find_checkpoint(copy), tmp_path / "trap"
     plant(folder, file, trap)
     write_manifest(folder)
     call("ls", copy)
-    call("verify", folder)
+    assert call("verify", folder, "--full") == 1
     errors = (UnsafePickleError, CheckpointFormatError)
     with pytest.raises(errors):
         call("convert", folder, tmp_path / "out")
-    with pytest.raises(errors):
-        call("diff", folder, copy / "checkpoints/step_00000002")
+    if file != "object":  # which are not compared
+        with pytest.raises(errors):
+            call("diff", folder, copy / "checkpoints/step_00000002")
     assert not trap.exists() and not (tmp_path / "out").exists()
     pickle.loads(pickle.dumps(Malicious(trap)))  # the trap is one
     assert trap.exists()
+
+
+@pytest.mark.parametrize("file", [".metadata", "object"])
+def test_a_model_is_not_loaded_from_them(copy: Path, tmp_path: Path, file: str) -> None:
+    folder, trap = find_checkpoint(copy), tmp_path / "trap"
+    plant(folder, file, trap)
+    with pytest.raises(RankFailed, match=r"could not read .* names posix\.system"):
+        run_on_gloo(1, live_logits, folder, MODEL, IDS)
+    with pytest.raises(UnsafePickleError, match=r"names posix\.system"):
+        open_source(folder)
+    assert not trap.exists()
+
+
+def test_an_index_says_one_thing_only(copy: Path) -> None:
+    """What torch takes for an object is read as one, and what it could find twice is refused."""
+    folder = find_checkpoint(copy)
+    index = pickle.loads((folder / ".metadata").read_bytes())
+    entries, places = index.state_dict_metadata, index.storage_data
+    key = next(key for key in places if "_extra_state" in key.fqn)
+    entries[key.fqn].properties, entries[key.fqn].size = None, ()
+    (folder / ".metadata").write_bytes(pickle.dumps(index))
+    assert key.fqn in CheckpointReader(folder).objects
+    other = next(k for k in places if "_extra_state" in k.fqn and k != key)
+    object.__setattr__(other, "fqn", key.fqn)
+    (folder / ".metadata").write_bytes(pickle.dumps(index))
+    with pytest.raises(CheckpointFormatError, match=f"has a piece of {key.fqn} twice"):
+        CheckpointReader(folder).problems()
+
+
+def test_a_damaged_object_is_named(copy: Path) -> None:
+    folder = find_checkpoint(copy)
+    name, piece = next(iter(CheckpointReader(folder).objects.items()))
+    content = bytearray((folder / piece.file).read_bytes())
+    content[piece.start : piece.start + piece.length] = bytes(piece.length)
+    (folder / piece.file).write_bytes(content)
+    (problem,) = CheckpointReader(folder).problems()
+    assert f"{name}, is damaged: " in problem
+
+
+def test_torch_reads_nothing_else_in_a_file_than_we_do(tmp_path: Path) -> None:
+    trap, path = tmp_path / "trap", tmp_path / "values.pt"
+    torch.save([1], path)
+    honest = path.read_bytes()
+    assert safe_pickle.load_saved(path) == [1]
+    before = pickle.dumps(Malicious(trap))  # torch.load would take that
+    for bytes_before in (before, b"PK\x03\x04" + before):
+        path.write_bytes(bytes_before + honest)
+        with pytest.raises(ValueError, match=r"no file of torch\.save's"):
+            safe_pickle.load_saved(path)
+    for name in ("archive/DATA.PKL", "archive/constants.pkl"):
+        path.write_bytes(honest)
+        with zipfile.ZipFile(path, "a") as archive:
+            archive.writestr(name, before)
+        with pytest.raises(ValueError, match=r"no file of torch\.save's"):
+            safe_pickle.load_saved(path)
+    assert not trap.exists()
 
 
 def test_a_stranger_is_named_or_stands_for_itself(tmp_path: Path) -> None:

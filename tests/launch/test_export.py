@@ -1,10 +1,12 @@
 """An exported model computes what the checkpoint computes, whatever the variant and the layout."""
 
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+from contextlib import redirect_stderr
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +18,7 @@ import torch
 from data.open_mixture import DEMO_TOKENIZER
 from data.tokenizer import load_tokenizer
 from launch import export as command
+from launch import generate
 from models.config import (
     Activation,
     LayerNormPlacement,
@@ -166,6 +169,22 @@ def test_the_loss_is_that_of_the_shifted_labels(answers: dict[str, Any]) -> None
     logits = answers["xmoe"][:, :-1].flatten(0, 1)
     expected = torch.nn.functional.cross_entropy(logits, torch.tensor(IDS)[:, 1:].flatten())
     assert answers["of xmoe"]["loss"] == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_trainer_is_told_that_the_loss_is_a_mean(answers: dict[str, Any]) -> None:
+    assert answers["of xmoe"]["loss is a mean"]
+
+
+def test_what_depends_on_its_neighbours_is_generated_without_a_cache(
+    exports: Path, answers: dict[str, Any]
+) -> None:
+    text = {
+        name: json.loads((exports / name / "out/generation_config.json").read_text())
+        for name in ("torchscale top-1", "xmoe", "llama", "gpt_neox")
+    }
+    assert [each["use_cache"] for each in text.values()] == [False, True, True, True]
+    found = answers["continued"]
+    assert found["generated"].tolist() == found["by hand"].tolist()
 
 
 def test_bf16_in_several_files_keeps_routers_fp32(exports: Path, answers: dict[str, Any]) -> None:
@@ -345,8 +364,24 @@ def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
     plain = torch.load(checkpoint / "common.pt", weights_only=True)
     plain["identity"]["data"] = {"tokenizer": "f" * 64}
     torch.save(plain, checkpoint / "common.pt")
-    with pytest.raises(ExportError, match="is not the tokenizer this model was trained with"):
+    with pytest.raises(ValueError, match="is not the tokenizer this model was trained with"):
         export.export(tmp_path / "run", tmp_path / "out")
+    del plain["identity"]["data"]  # as in imported weights
+    torch.save(plain, checkpoint / "common.pt")
+    demo = str(DEMO_TOKENIZER)
+    generating = [str(tmp_path / "run"), "Die", "--tokenizer"]
+    for words, said in (([], "does not say with which tokenizer"), ([demo], "8192 ids, the model")):
+        with pytest.raises(ValueError, match=said):
+            export.export(tmp_path / "run", tmp_path / "out", tokenizer="".join(words))
+        error = run_on_gloo(1, generate_error, [*generating, *(words or [""])])[0]
+        assert error.startswith("error: ") and said in error
+
+
+def generate_error(words: list[str]) -> str:
+    said = io.StringIO()
+    with redirect_stderr(said):
+        assert main_with(generate.main, words) == 2
+    return said.getvalue()
 
 
 # ---------------------------------------------------------------- memory

@@ -31,7 +31,7 @@ from parallel.runtime import initialize, shutdown
 from pretrain.checkpoint_list import find_checkpoint
 from pretrain.config import PretrainConfig
 from pretrain.generate import load_run_config
-from pretrain.import_weights import WeightsError, import_weights
+from pretrain.import_weights import WeightsError, _check_megatron_args, import_weights
 from tests.distributed import run_on_gloo
 from tests.stored_runs import live_logits, main_with, write_run
 from tests.torchscale_reference import decoder, integer_histograms
@@ -229,7 +229,13 @@ def test_files_are_read_without_running_them(tmp_path: Path) -> None:
 
 
 def write_megatron(
-    folder: Path, source: Path, model: ModelConfig, args: dict[str, Any], *, fused: bool
+    folder: Path,
+    source: Path,
+    model: ModelConfig,
+    args: dict[str, Any],
+    *,
+    fused: bool,
+    padding: float = 0.0,
 ) -> None:
     """What Megatron-LM would have saved of the weights in our checkpoint `source`.
 
@@ -249,7 +255,7 @@ def write_megatron(
             if ".experts.fc1_" in name:
                 value = value.flatten(1, 2)
             if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
-                value = torch.cat([value, torch.zeros(16, shape[1])])
+                value = torch.cat([value[:VOCAB], padding * torch.ones(64 - VOCAB, shape[1])])
             theirs = re.sub(r"\.experts\.(fc\d)_", r".experts.experts.linear_\1.", name)
             if fused:
                 theirs = theirs.replace(
@@ -311,6 +317,86 @@ def test_settings_that_contradict_are_named(tmp_path: Path) -> None:
         "the checkpoint's settings are not those of this model: position_embedding_type=learned, "
         "model.position_embedding_type=rope; normalization=RMSNorm, ours LayerNorm"
     )
+
+
+EXPERTS = replace(MEGATRON, moe=MoEConfig(num_experts=4, router=RouterType.linear, router_topk=2))
+
+
+@pytest.mark.parametrize(
+    ("args", "model", "said"),
+    [
+        ({"moe_router_pre_softmax": True}, EXPERTS, "moe_router_pre_softmax=True, ours False"),
+        (
+            {"moe_router_pre_softmax": False},
+            replace(EXPERTS, moe=replace(EXPERTS.moe, router_topk=1)),
+            "moe_router_pre_softmax=False, ours True",
+        ),
+        (
+            {"moe_router_score_function": "sigmoid"},
+            EXPERTS,
+            "moe_router_score_function=sigmoid, ours softmax",
+        ),
+        (
+            {"moe_router_score_function": "softmax", "moe_router_pre_softmax": True},
+            replace(EXPERTS, moe=replace(EXPERTS.moe, router=RouterType.aux_free)),
+            "moe_router_score_function=softmax, ours sigmoid",
+        ),
+        (
+            {"moe_router_topk_scaling_factor": 2.5},
+            EXPERTS,
+            "moe_router_topk_scaling_factor=2.5, ours None",
+        ),
+        (
+            {"moe_router_num_groups": 2, "moe_router_group_topk": 1},
+            EXPERTS,
+            "moe_router_num_groups=2, ours None; moe_router_group_topk=1, ours None",
+        ),
+        ({"use_rope_scaling": True}, MEGATRON, "use_rope_scaling=True, ours False"),
+        (
+            {"rotary_seq_len_interpolation_factor": 4},
+            MEGATRON,
+            "rotary_seq_len_interpolation_factor=4, ours None",
+        ),
+        (
+            {},
+            replace(EXPERTS, moe=replace(EXPERTS.moe, router=RouterType.sparsemixer)),
+            "model.moe.router=sparsemixer, which Megatron-LM does not have; set model.moe.router="
+            "linear or aux_free",
+        ),
+    ],
+)
+def test_what_weights_do_not_show_is_compared(
+    args: dict[str, Any], model: ModelConfig, said: str
+) -> None:
+    _check_megatron_args({"moe_router_topk": model.moe.router_topk}, MEGATRON)  # dense
+    _check_megatron_args(
+        {"moe_router_pre_softmax": False, "moe_router_topk_scaling_factor": 1.0}, EXPERTS
+    )
+    with pytest.raises(WeightsError) as error:
+        _check_megatron_args(args, model)
+    assert str(error.value).endswith(f"settings are not those of this model: {said}")
+
+
+def test_no_part_of_a_vocabulary_is_dropped_or_made_up(tmp_path: Path) -> None:
+    model = replace(MEGATRON, vocab_size=VOCAB)
+    source = run_on_gloo(1, write_run, tmp_path / "source", model)[0]
+    args = {"make_vocab_size_divisible_by": 16, "tensor_model_parallel_size": 2}
+    theirs = tmp_path / "theirs"
+    write_megatron(theirs, source, model, args, fused=False, padding=1.0)
+    for rows, said in (
+        (30, r"has 64 rows, and those behind model\.vocab_size=30 are no padding"),
+        (
+            65,
+            r"has 64 rows, model\.vocab_size=65 needs 65; leave it out .* or set it to 64 or less",
+        ),
+    ):
+        other = replace(model, vocab_size=rows)
+        text = run_on_gloo(1, refusal, Origin.megatron, theirs, other, tmp_path / "out")[0]
+        assert re.search(said, text)
+    place = Origin.megatron, theirs, settings(model), tmp_path / "out"
+    run_on_gloo(1, import_weights, *place)  # 64 is what 45 become with 16 x 2
+    found = StoredWeights(CheckpointReader(find_checkpoint(tmp_path / "out")))
+    assert not found.read("embedding.word_embeddings.weight")[VOCAB:].any()
 
 
 # ---------------------------------------------------------------- the command

@@ -177,7 +177,7 @@ def test_as_a_module(tmp_path: Path) -> None:
         timeout=60,
     )
     assert at_home.returncode == 2
-    assert "did you mean train.train_steps?" in at_home.stderr
+    assert "did you mean train.train_steps" in at_home.stderr
 
 
 @pytest.mark.parametrize(

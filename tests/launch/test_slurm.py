@@ -13,9 +13,11 @@ from pathlib import Path
 import pytest
 
 from launch.config import ClusterConfig
+from launch.schema import load
 from launch.slurm import SITES, load_cluster, main
 from launch.slurm_script import BODY
 from parallel.config import ConfigError
+from pretrain.config import validate
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ["+model=magneto_tiny", "cluster=lab", "nodes=2"]
@@ -108,6 +110,70 @@ def test_words_arrive_as_they_were_typed(capsys: pytest.CaptureFixture[str]) -> 
     assert array(script, "TORCHRUN")[:3] == [sys.executable, "-m", "torch.distributed.run"]
 
 
+def test_line_breaks_stay_within_the_words(capsys: pytest.CaptureFixture[str]) -> None:
+    """sbatch reads its options up to the first line that is no comment."""
+    word = "wandb.project='a\ntouch struck\n'"
+    script = script_of(word, capsys=capsys)
+    head, _, rest = script.partition("\n\n")
+    assert all(line.startswith("#") for line in head.splitlines())
+    assert option(head, "nodes") == "2"
+    Path("bin", "words.sh").write_text(
+        rest.partition(BODY.read_text()[:40])[0] + 'printf "%s|" "${TRAINING[@]}"'
+    )
+    told = subprocess.run(["/bin/bash", "bin/words.sh"], capture_output=True, text=True, check=True)
+    assert told.stdout.split("|")[1:-1] == ["+model=magneto_tiny", word]
+    assert not Path("struck").exists()
+
+
+@pytest.mark.parametrize("folder", ["a\nb", 'a"b'])
+def test_a_folder_that_slurm_cannot_be_told(
+    folder: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (told,) = refused(*TINY, f"run_dir='{folder}'", capsys=capsys)
+    assert told.startswith("run_dir=") and "no line break and no double quote" in told
+
+
+def test_a_folder_of_settings_of_ones_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "bin" / "it's mine, all"
+    (folder / "experiment").mkdir(parents=True)
+    (folder / "experiment" / "mine.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - /model: magneto_tiny\ntrain:\n  train_steps: 777\n"
+    )
+    words = ["--config-dir", "bin/it's mine, all", "+experiment=mine"]
+    assert main([*words, "cluster=lab", "nodes=2"]) == 0
+    told = capsys.readouterr()
+    assert "magneto_tiny, 777 steps" in told.err
+    assert array(told.out, "TRAINING")[1:] == words
+    (problem,) = refused(*TINY, "--config-dir", "nowhere", capsys=capsys)
+    assert problem == "--config-dir nowhere: there is no such folder"
+
+
+def commands(page: str, program: str) -> list[list[str]]:
+    """The words after `program` wherever a page shows it called with settings."""
+    text = (ROOT / page).read_text().replace("\\\n", " ")
+    lines = [line for line in text.splitlines() if program in line and not line.startswith(" ")]
+    calls = [shlex.split(line.partition(program)[2], comments=True) for line in lines]
+    return [words for words in calls if words and all("=" in word for word in words)]
+
+
+def test_what_the_pages_show_is_accepted() -> None:
+    calls = commands("docs/slurm.md", "python -m launch.slurm")
+    assert calls and all(main(words) == 0 for words in calls)
+    (words,) = commands("docs/anomalies.md", "python launch/pretrain.py")
+    config = load(words)
+    validate(config, world_size=1)
+    assert config.anomaly.spike_warmup < config.train.train_steps  # or it could find no spike
+    assert config.run_dir == "runs/demo"
+    (words,) = commands("docs/slurm.md", "python launch/pretrain.py --multirun")
+    asked = dict(word.split("=") for word in words if word.startswith("hydra"))
+    processes = int(asked["hydra.launcher.nodes"]) * int(asked["hydra.launcher.tasks_per_node"])
+    # one job of the sweep; the launcher's own plugin may not be installed
+    job = [word.partition(",")[0] for word in words if not word.startswith("hydra")]
+    validate(load(job), world_size=processes)
+
+
 def test_what_a_site_adds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     site = tmp_path / "bin" / "ours.yaml"
     site.write_text(
@@ -181,6 +247,27 @@ def test_workers_hear_what_only_the_shell_of_their_node_was_told(
             shell.kill()
 
 
+@pytest.mark.parametrize(
+    ("answer", "end"),
+    [
+        ("", "9999999999"),  # the controller does not answer
+        ("N/A", "9999999999"),
+        ("NONE", "9999999999"),
+        ("2030-01-02T03:04:05", "1893553445"),
+    ],
+)
+def test_when_slurm_ends_the_job(answer: str, end: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = next(line for line in BODY.read_text().splitlines() if line.startswith("JOB_END="))
+    functions = BODY.read_text().partition("\nif is_finished;")[0]
+    script = f"{functions}\nsqueue() {{ echo '{answer}'; }}\n{line}\necho $JOB_END"
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    monkeypatch.setenv("TZ", "UTC")
+    monkeypatch.delenv("SLURM_JOB_END_TIME", raising=False)
+    command = ["/bin/bash", "-c", script]
+    told = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert told.stdout == f"{end}\n"
+
+
 def test_shellcheck_finds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     if shutil.which("shellcheck") is None:
@@ -250,6 +337,16 @@ def test_settings_of_a_site(setting: str, words: str) -> None:
         load_cluster("lab", [setting])
     (problem,) = refusal.value.problems
     assert f"cluster.{setting.partition('=')[0]}" in problem and words in problem
+
+
+def test_text_stays_what_was_typed() -> None:
+    """YAML would read 43200, false and 8."""
+    words = ["walltime=12:00:00", "environment.NCCL_DEBUG=off", "environment.A=010"]
+    cluster = load_cluster("lab", [*words, "environment.B=", "environment.C='c \"d\"'"])
+    assert cluster.walltime == "12:00:00"
+    told = {name: cluster.environment[name] for name in ("NCCL_DEBUG", "A", "B", "C")}
+    assert told == {"NCCL_DEBUG": "off", "A": "010", "B": "", "C": 'c "d"'}
+    assert load_cluster("lab", ["walltime='90'"]).walltime == "90"
 
 
 def test_more_processes_than_gpus() -> None:

@@ -85,7 +85,7 @@ def test_a_defect_ends_with_exit_status_1(tmp_path: Path) -> None:
         (("verify.timeout_seconds=x",), "verify.timeout_seconds=x must be a number"),
         (("verify.timeout_seconds=0",), "verify.timeout_seconds=0.0 must be a finite number above"),
         (("verify.rocesses=2",), "verify.rocesses=2: there is no setting verify.rocesses; there"),
-        (("train.step=2",), "did you mean train.train_steps?"),
+        (("train.step=2",), "did you mean train.train_steps"),
     ],
 )
 def test_what_does_not_fit_is_refused(words: tuple[str, ...], message: str, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import resource
+import threading
 import zlib
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from parallel.checkpoint_manifest import (
     ChecksummedFile,
     ManifestError,
     NewerManifestError,
+    Progress,
+    in_threads,
     read_manifest,
     verify,
     write_manifest,
@@ -65,6 +68,37 @@ def test_a_file_that_cannot_be_read_is_a_problem(folder: Path) -> None:
     manifest["files"]["sub/b"]["bytes"] = size
     (folder / "manifest.json").write_text(json.dumps(manifest))
     assert verify(folder) == ["sub/b cannot be read: Is a directory"]
+    with pytest.raises(IsADirectoryError):
+        verify(folder, unreadable_is_damage=False)
+    (folder / "manifest.json").unlink()
+    (folder / "manifest.json").mkdir()
+    with pytest.raises(IsADirectoryError):
+        verify(folder, unreadable_is_damage=False)
+
+
+def test_what_is_written_and_compared_is_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint_manifest, "_SYNC_BYTES", 1000)
+    before = Progress.bytes
+    with ChecksummedFile(tmp_path / "a") as file:
+        file.write(b"x" * 900)
+        assert (tmp_path / "a").stat().st_size == 0
+        file.write(b"x" * 900)
+        assert (tmp_path / "a").stat().st_size == 1800  # in parts, not all at the end
+        file.close()
+    assert Progress.bytes == before + 1800
+    write_manifest(tmp_path)
+    before = Progress.bytes
+    assert verify(tmp_path) == [] and Progress.bytes == before + 1800
+
+
+def test_threads_keep_the_order_and_let_the_process_end() -> None:
+    assert in_threads(lambda n: n * n, range(100), 4) == [n * n for n in range(100)]
+    assert in_threads(lambda n: threading.current_thread().daemon, range(3), 2) == [True] * 3
+    assert in_threads(abs, [], 2) == []
+    with pytest.raises(ZeroDivisionError):
+        in_threads(lambda n: 1 // n, [1, 0], 2)
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"format": 1}', "\xff", '{"format": 1, "alg'])

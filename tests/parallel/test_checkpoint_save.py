@@ -7,6 +7,9 @@ import os
 import resource
 import signal
 import sys
+import threading
+import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +17,16 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from parallel import checkpoint_io, checkpoint_manifest
+from parallel import checkpoint_io, checkpoint_manifest, checkpoint_save, failure_watch
 from parallel.checkpoint_io import SaveFailed
-from parallel.checkpoint_save import HostMemory
+from parallel.checkpoint_save import Background, HostMemory, StoreLost, wait_for
+from parallel.config import ParallelConfig
+from parallel.failure_watch import FailureWatch
 from parallel.megatron import ShardedTensor
+from parallel.progress_beacon import beacon
+from parallel.runtime import initialize
 from tests.disks import read_only, small_disk, writable
-from tests.distributed import run_on_gloo
+from tests.distributed import close_pool, run_on_gloo
 
 
 def state(tensor: torch.Tensor, **plain: Any) -> dict[str, Any]:
@@ -217,3 +224,81 @@ def test_a_kill_at_any_point_leaves_nothing_that_looks_complete(tmp_path: Path) 
     assert kill_at == 8
     assert [path.name for path in folder.iterdir()] == ["8"]
     assert checkpoint_manifest.verify(folder / "8") == []
+
+
+@pytest.mark.parametrize("gets_on", [True, False])
+def test_a_wait_that_gets_on_is_no_hang(monkeypatch: pytest.MonkeyPatch, gets_on: bool) -> None:
+    monkeypatch.setattr(checkpoint_save, "_SLICE_SECONDS", 0.01)
+    monkeypatch.setattr(beacon, "_moved", time.monotonic() - 1000)
+    numbers = iter(range(10_000))
+    never = threading.Event()
+    assert not wait_for(never, lambda: next(numbers) if gets_on else 0, 0.1)
+    assert (beacon.position().quiet < 100) == gets_on
+    never.set()
+    assert wait_for(never, lambda: 0)
+
+
+def test_what_runs_in_the_background_lets_the_process_end() -> None:
+    assert Background(lambda: threading.current_thread().daemon).result()
+    with pytest.raises(ZeroDivisionError):
+        Background(lambda: 1 // 0).result()
+
+
+def test_where_memory_cannot_be_locked_other_memory_is_tried(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(MemoryError):  # more than there is of either
+        checkpoint_save._host_memory(1 << 62)
+    assert "cannot be page-locked" in capsys.readouterr().err
+
+
+def save_without_the_folder(folder: Path) -> str:
+    """Another run takes the folder over while the save is written."""
+    with pytest.raises(SaveFailed) as caught:
+        checkpoint_io.start_save(
+            state(torch.ones(4)),
+            folder / "c",
+            metadata={},
+            memory=None,
+            may_publish=lambda: False,
+        ).wait()
+    return str(caught.value)
+
+
+def test_who_lost_the_folder_publishes_and_removes_nothing(tmp_path: Path) -> None:
+    for text in run_on_gloo(2, save_without_the_folder, tmp_path):
+        assert "this run does not hold its folder any more" in text
+    assert os.listdir(tmp_path) == ["c.partial"]
+
+
+def save_cut_off(folder: Path) -> str:
+    """Rank 1 cannot reach the store; what the note says that ends all ranks."""
+    runtime = initialize(ParallelConfig(), seed=1)
+    with FailureWatch(runtime) as watch:
+        if runtime.rank == 1:
+            checkpoint_save._own_connection = unreachable
+        pending = checkpoint_io.start_save(
+            state(torch.ones(4)), folder / "c", metadata={}, memory=None
+        )
+        if runtime.rank == 1:
+            with pytest.raises(StoreLost, match="rank 1 lost the store"):
+                pending.wait()
+        while not watch.store.check([failure_watch.KEY]):
+            time.sleep(0.01)
+        text = watch.store.get(failure_watch.KEY).decode()
+        dist.barrier()
+        watch.withdraw()
+        return text
+
+
+def unreachable() -> dist.Store:
+    return dist.TCPStore("127.0.0.1", 1, is_master=False, timeout=timedelta(seconds=0.1))
+
+
+def test_a_rank_that_loses_the_store_ends_all_with_the_cause(tmp_path: Path) -> None:
+    try:
+        for text in run_on_gloo(2, save_cut_off, tmp_path, timeout=30):
+            assert "StoreLost: rank 1 lost the store that all ranks share while" in text
+    finally:
+        close_pool()  # rank 0's thread waits for rank 1 still

@@ -1,6 +1,7 @@
 """One rank fails: all end soon, and say which one it was and where."""
 
 import ctypes
+import faulthandler
 import gc
 import multiprocessing
 import os
@@ -77,7 +78,7 @@ def test_a_stuck_rank_is_ended(capfd: pytest.CaptureFixture[str]) -> None:
 def failing_together() -> str:
     runtime = initialize(ParallelConfig(), seed=1)
     with FailureWatch(runtime, grace_seconds=0.1) as watch:
-        with pytest.raises(CheckpointError, match="rank 1: OSError: disk full"):
+        with pytest.raises(CheckpointError, match=r"rank 1 on \S+: OSError: disk full"):
             _on_every_rank(fails_on_rank_one, "write")
         time.sleep(1.5)  # long enough for the thread to look
         assert watch._note() is None
@@ -181,6 +182,46 @@ def test_a_rank_that_keeps_the_lock_is_dead_and_its_stack_shows_the_call(
     assert re.search(r"PeerFailed: rank 1 on \S+ died: no sign of life for \d s", said)
     assert "Timeout (0:00:02)!" in said
     assert "in holding_the_lock" in said.partition("Timeout (0:00:02)!")[2]
+
+
+def announced() -> str:
+    runtime = initialize(ParallelConfig(), seed=1)
+    with quick(runtime) as watch:
+        time.sleep(1)
+        if runtime.rank == 1:
+            with watch.pause(30.0):
+                ctypes.PyDLL(None).sleep(4)
+        dist.barrier()
+        time.sleep(1)  # alive after it, too
+    return "alive"
+
+
+def test_a_rank_that_announces_to_keep_the_lock_is_alive(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    close_pool()
+    assert run_on_gloo(2, announced) == ["alive", "alive"]
+    assert "Timeout" not in capfd.readouterr().err
+
+
+class SlowStore(dist.HashStore):
+    def compare_set(self, key: str, expected: str, desired: str) -> bytes:
+        time.sleep(0.1)
+        return super().compare_set(key, expected, desired)
+
+
+def reading_all_ranks() -> tuple[int, float]:
+    runtime = initialize(ParallelConfig(), seed=1)
+    watch = quick(replace(runtime, world_size=20, store=SlowStore()))
+    watch._heartbeat.beats()
+    faulthandler.cancel_dump_traceback_later()
+    return watch._heartbeat._number, time.monotonic() - watch._answered
+
+
+def test_a_rank_that_reads_a_slow_store_goes_on_beating() -> None:
+    [(beats, since_answer)] = run_on_gloo(1, reading_all_ranks)
+    assert beats >= 4  # in two seconds
+    assert since_answer < 1
 
 
 def busy() -> str:
@@ -308,6 +349,29 @@ def test_a_hang_names_who_is_behind_and_keeps_the_stacks_of_all(
     assert f"PeerFailed: rank {guilty} on " in said
     if f"rank {guilty} was still waiting" in said:  # the pool may have been faster
         assert "in asleep_over_the_data" in said
+
+
+def hanging_at_the_end(report: Path) -> None:
+    runtime = initialize(ParallelConfig(), seed=1)
+
+    def write(kind: str, text: str) -> None:
+        report.write_text(f"{kind} {text}")
+
+    with quick(runtime, hang_timeout_seconds=1.5, report=write):
+        with beacon.stage("optimizer", 6):
+            dist.barrier()
+        if runtime.rank == 0:
+            time.sleep(30)
+
+
+def test_ranks_that_are_through_do_not_hide_a_hang_at_the_end(tmp_path: Path) -> None:
+    started = time.monotonic()
+    with pytest.raises(RankFailed, match="rank 0"):
+        run_on_gloo(3, hanging_at_the_end, tmp_path / "report", timeout=60)
+    assert time.monotonic() - started < 20
+    report = (tmp_path / "report").read_text()
+    assert re.match(r"hang rank 0 on \S+ hangs: no rank has got on for \d s, and this one", report)
+    assert "ranks 1-2" not in report
 
 
 def slow_but_moving() -> str:

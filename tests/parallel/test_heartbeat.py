@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from dataclasses import asdict, replace
 
@@ -11,7 +12,7 @@ import pytest
 import torch.distributed as dist
 
 from parallel import heartbeat as heartbeat_module
-from parallel.heartbeat import FIRST_BEAT_ALLOWANCE, Beat, Heartbeat
+from parallel.heartbeat import AT_ONCE, FIRST_BEAT_ALLOWANCE, Beat, Heartbeat
 from parallel.progress_beacon import Position
 
 TIMEOUT, LOOK = 8.0, 1.0
@@ -122,6 +123,65 @@ def test_a_rank_that_was_stopped_does_not_blame_the_others() -> None:
     world.now += 60  # rank 0 did not look; rank 1 has not beaten in its sight since
     assert world.ranks[0].dead(world.now) == {}
     assert list(world.live(TIMEOUT + 2, [], [0])[0][1]) == [1]
+
+
+def test_an_announced_pause_is_not_death() -> None:
+    world = World(2)
+    world.live(10, [0, 1], [0, 1])
+    world.ranks[1].pause = 60.0
+    world.beat(1)
+    assert world.live(60, [0], [0]) == {}
+    assert list(world.live(TIMEOUT + 2, [0], [0])[0][1]) == [1]
+    world.ranks[1].pause = 0.0
+    world.beat(1)
+    assert world.live(TIMEOUT - 2 * LOOK, [0], [0]) == {}
+    assert list(world.live(TIMEOUT, [0], [0])[0][1]) == [1]
+
+
+class SlowStore(dist.HashStore):
+    """Its first write takes a while."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.writing = threading.Event()
+
+    def set(self, key: str, value: str) -> None:
+        if not self.writing.is_set():
+            self.writing.set()
+            time.sleep(0.3)
+        super().set(key, value)
+
+
+def test_a_beat_under_way_does_not_come_after_the_last_one() -> None:
+    store = SlowStore()
+    rank = Heartbeat(store, 0, 2, Position, timeout_seconds=TIMEOUT, look_seconds=LOOK)
+    other_thread = threading.Thread(target=rank.beat)
+    other_thread.start()
+    assert store.writing.wait(10)
+    rank.beat(left=True)
+    other_thread.join()
+    rank.beat()  # the thread has not ended yet
+    assert rank.beats()[0].left
+
+
+def test_a_slow_store_is_not_stormed() -> None:
+    reads = 0
+
+    def answered() -> None:
+        nonlocal reads
+        reads += 1
+        if reads == comes_back:
+            world.beat(1)
+
+    world, comes_back = World(100), 0
+    world.live(10, [1], [0])
+    world.ranks[0]._answered = answered
+    world.live(5 * LOOK, [], [0])
+    assert reads == 5 + 99 + 99 // AT_ONCE  # its neighbour at every look, the others once
+    world.live(10, [1], [0])
+    reads, comes_back = 0, 3 + AT_ONCE // 2  # in the midst of reading the others
+    assert world.live(5 * LOOK, [], [0]) == {}
+    assert reads == 5 + AT_ONCE + 1
 
 
 def test_a_process_of_this_machine_is_missed_at_once() -> None:

@@ -149,6 +149,22 @@ def test_a_rollback_forgets_what_came_after_the_checkpoint_but_not_itself() -> N
     assert now.anomaly.left_out_samples == [[56, 72]]
 
 
+def test_a_rollback_is_taken_up_once_and_only_by_what_does_not_know_it() -> None:
+    saved = TrainState(step=4, consumed_sequences=32, anomaly=calm(4))
+    now = TrainState(9, 72, 720, anomaly=calm(8))
+    now.anomaly.note(Verdict(Action.rollback, "spike"), 9.0, 9.0, [64, 72], 9)
+    now.go_back(saved, [64, 72])
+    rollback = now.rollback()
+    resumed = TrainState(**saved.to_dict())
+    assert resumed.take_up(rollback)
+    assert resumed.anomaly == now.anomaly and resumed.step == 4
+    assert not resumed.take_up(rollback)
+    older = TrainState(step=2)  # the checkpoint gone back to was damaged
+    assert older.take_up(rollback) and older.anomaly.left_out_samples == [[64, 72]]
+    for step in (0, 5):  # a run from the beginning; a later save knows, or belongs to no rollback
+        assert not TrainState(step=step).take_up(rollback)
+
+
 def test_the_state_survives_a_checkpoint() -> None:
     state = TrainState(step=9, consumed_sequences=72, anomaly=calm())
     state.anomaly.left_out_samples.append([8, 16])

@@ -17,6 +17,7 @@ from parallel import checkpoint_io, checkpoint_manifest
 from parallel.checkpoint_io import CheckpointError
 from parallel.config import ConfigError
 from parallel.engine import MegatronEngine
+from parallel.progress_beacon import beacon
 from parallel.runtime import shutdown
 from pretrain import checkpoint
 from pretrain.checkpoint import Checkpoints, check_identity, check_plain_values
@@ -112,6 +113,32 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_taken(
         assert (kind, of) == ("checkpoint_damaged", 5) and expected in text
         assert "step_00000005 is not used and now called step_00000005.damaged" in text
     assert sorted(os.listdir(folder)) == ["step_00000003", "step_00000005.damaged"]
+
+
+def resume_elsewhere(place: Path, others: Path) -> tuple[str | int, Notices]:
+    """Rank 0 works in `place`, the others in `others`: hosts that see different things."""
+    before = os.getcwd()
+    os.chdir(place if dist.get_rank() == 0 else others)
+    try:
+        return resume(Path("checkpoints"), CheckpointConfig())
+    finally:
+        os.chdir(before)
+
+
+@pytest.mark.parametrize("seen", ["nothing", "another content"])
+def test_a_host_that_cannot_see_the_folder_condemns_no_checkpoint(
+    folder: Path, tmp_path: Path, seen: str
+) -> None:
+    others = tmp_path / "others"
+    others.mkdir()
+    if seen == "another content":
+        shutil.copytree(folder, others / "checkpoints")
+        flip_a_bit(others / "checkpoints" / "step_00000005")
+    for text, notices in run_on_gloo(2, resume_elsewhere, tmp_path, others):
+        assert "rank 1 on " in str(text)
+        assert "cannot see or read checkpoints/step_00000005" in str(text)
+        assert "left as it is" in str(text) and notices == []
+    assert sorted(os.listdir(folder)) == ["step_00000003", "step_00000005"]
 
 
 def test_without_verification_sizes_are_all_that_is_compared(folder: Path) -> None:
@@ -407,3 +434,35 @@ def test_an_evaluation_that_cannot_be_noted_is_told(tmp_path: Path) -> None:
     notices = run_on_gloo(1, trouble_noting, tmp_path)[0]
     assert [kind for kind, _, _ in notices] == ["saved", "retention_failed"]
     assert "could not note eval/loss" in notices[1][2]
+
+
+def save_last_behind_another(folder: Path) -> tuple[bool, bool]:
+    """Whether the last save copies to the memory of the one before; whether a load gets on."""
+    runtime, machine = engine(seed=7)
+    checkpoints = opened(folder, CheckpointConfig(), [])
+    checkpoints.save(machine, TrainState(step=1))
+    checkpoints.wait(1)
+    checkpoints._memory._arena.fill_(255)
+    checkpoints.save_last(machine, TrainState(step=2))
+    reused = bool((checkpoints._memory._arena != 255).any())
+    beacon._moved = time.monotonic() - 1000
+    checkpoints.go_back(machine)
+    quiet = beacon.position().quiet
+    shutdown(runtime)
+    return reused, quiet < 100
+
+
+def test_the_last_save_needs_no_second_memory_and_a_load_is_no_hang(tmp_path: Path) -> None:
+    assert run_on_gloo(1, save_last_behind_another, tmp_path) == [(True, True)]
+
+
+def test_who_lost_the_folder_removes_nothing(folder: Path) -> None:
+    checkpoints = Checkpoints(folder, CheckpointConfig(keep_last=1), {})
+    checkpoints.may_publish = lambda: False
+    checkpoints._retain()
+    with pytest.raises(CheckpointError, match="does not hold its folder"):
+        checkpoints._prepare(folder / "step_00000007")
+    assert len(checkpoints.steps()) == 2
+    checkpoints.may_publish = lambda: True
+    checkpoints._retain()
+    assert len(checkpoints.steps()) == 1

@@ -1,6 +1,7 @@
 """Which checkpoints stay."""
 
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -118,3 +119,9 @@ def test_a_kill_while_removing_leaves_nothing_that_looks_complete(tmp_path: Path
             break
     assert kill_at == 8  # rmtree of leftovers, rename, rmtree, three files, the folder
     assert names(folder) == ["step_00000010"]
+
+
+def test_an_evaluation_that_is_not_a_number_is_not_the_best() -> None:
+    config = CheckpointConfig(keep_last=1, keep_best=1)
+    losses = {100: 3.0, 200: math.nan, 300: 1.0, 400: math.nan, 500: 2.0}
+    assert kept(losses, losses, config) == {300, 500}

@@ -17,14 +17,22 @@ from models.moe_config import MoEConfig, RouterType
 from parallel.config import OptimizerConfig, ParallelConfig
 from parallel.engine import MegatronEngine
 from parallel.runtime import initialize, shutdown
+from pretrain import culprits
 from pretrain.anomaly import Verdict
-from pretrain.anomaly_report import AnomalyReport, DocumentRow, Findings, write_report
+from pretrain.anomaly_report import (
+    AnomalyReport,
+    DocumentRow,
+    Findings,
+    markdown,
+    write_report,
+)
 from pretrain.anomaly_watch import AnomalyWatch
 from pretrain.config import AnomalyConfig, PretrainConfig
 from pretrain.culprits import Culprits, label_spans
 from pretrain.events import Events, read_events
 from pretrain.progress import Progress
 from pretrain.router_report import open_router_report
+from pretrain.train_state import TrainState
 from pretrain.train_step import train_step
 from tests.distributed import run_on_gloo
 from tests.pretrain import poisoned
@@ -73,7 +81,7 @@ def train(
             poisoned.spoil(chunk.embedding.word_embeddings, damage)
     engine = MegatronEngine(chunks, settings.parallel, OptimizerConfig(lr=1e-2), runtime)
     router = open_router_report(settings, engine, data, runtime, None)
-    culprits = Culprits(settings.anomaly, settings.train, engine, runtime, data)
+    looking = Culprits(settings.anomaly, settings.train, engine, runtime, data)
     loader = data.train_loader(
         micro_batch_size=settings.train.micro_batch_size,
         global_batch_size=settings.train.global_batch_size,
@@ -91,9 +99,9 @@ def train(
             stop_requested=False,
         )
         numbers += [metrics.losses.mean(), metrics.grad_norm]
-        culprits.keep(step + 1, step * GLOBAL_BATCH, metrics)
+        looking.keep(step + 1, step * GLOBAL_BATCH, metrics)
         if verdict is not None:
-            findings.append(culprits.find(verdict, rerun=True))
+            findings.append(looking.find(verdict, rerun=True))
     routing = router.training_metrics(steps.stop) if router else {}
     if router is not None:
         router.close()
@@ -202,6 +210,40 @@ def first_sample_with(settings: PretrainConfig, poison: Poison) -> int:
     raise AssertionError("the document is not drawn")
 
 
+def look_at_damaged_data(settings: PretrainConfig, broken: str, verdict: Verdict) -> Findings:
+    """One name that the look at the data uses raises, on rank 0 alone: no other looks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(culprits, broken, unreadable)
+        return train(settings, range(2), verdict)[2][-1]
+
+
+def unreadable(*given: Any) -> None:
+    raise OSError(5, "input/output error")
+
+
+@pytest.mark.parametrize("verdict", [SPIKE, NONFINITE], ids=["spike", "nonfinite"])
+def test_documents_that_cannot_be_read_end_nothing(
+    stores: tuple[Path, Poison], verdict: Verdict
+) -> None:
+    settings = settings_of(stores[0], ParallelConfig())
+    found, _ = run_on_gloo(2, look_at_damaged_data, settings, "label_spans", verdict)
+    assert found.documents == [] and found.earlier[0].documents == [] and found.languages
+    assert found.remarks == [
+        f"the documents of step {step} cannot be read: OSError(5, 'input/output error')"
+        for step in (2, 1)
+    ]
+
+
+def test_documents_that_cannot_be_named_keep_their_numbers(stores: tuple[Path, Poison]) -> None:
+    settings = settings_of(stores[0], ParallelConfig())
+    found, _ = run_on_gloo(2, look_at_damaged_data, settings, "replay_sample", SPIKE)
+    worst = found.documents[0]
+    assert worst.mean_loss > 0 and worst.document == -1
+    text = f"the document at token {worst.first_token} of {worst.store}"
+    assert f"{text} cannot be read: OSError(5, 'input/output error')" in found.remarks
+    assert f"1. {text} (" in markdown(replace(REPORT, findings=found))
+
+
 def test_labels_belong_to_the_documents_they_are_tokens_of() -> None:
     # ids 0 1 2 | 3 4 | 5, labels are ids 1 to 5
     assert label_spans([3, 2, 1], 5) == [(0, 2), (2, 4), (4, 5)]
@@ -224,20 +266,62 @@ def test_reports_of_one_step_with_other_data_stand_side_by_side(tmp_path: Path) 
     assert content["grad_norm"] is None and content["samples"] == [48, 56]
 
 
-def test_a_report_that_cannot_be_written_ends_nothing(tmp_path: Path) -> None:
-    (tmp_path / "anomalies").write_text("in the way")
+def watch_of(run_dir: Path) -> AnomalyWatch:
     unused: Any = None
-    watch = AnomalyWatch(
+    return AnomalyWatch(
         AnomalyConfig(),
-        tmp_path,
+        run_dir,
         unused,
         unused,
         progress=Progress(10, enabled=False),
-        events=Events(tmp_path, enabled=True),
+        events=Events(run_dir, enabled=True),
         writes=True,
     )
+
+
+def test_a_report_that_cannot_be_written_ends_nothing(tmp_path: Path) -> None:
+    (tmp_path / "anomalies").write_text("in the way")
+    watch = watch_of(tmp_path)
     row = DocumentRow(1, "de", "germanic", "s/de", 0, 9, 9, 3.0, 2.0, 0.1, 0.03, 0, document=4)
     watch._write(replace(REPORT, findings=Findings(documents=[row])))
     (event,) = read_events(tmp_path)
     assert "document 4 of s/de (de), without a report: " in event["text"]
     assert event["report"] == "" and event["decision"] == "rollback"
+
+
+def test_texts_that_no_file_takes_are_written_all_the_same(tmp_path: Path) -> None:
+    row = DocumentRow(1, "de", "germanic", "s\udc80/de", 0, 9, 9, 3.0, 2.0, 0.1, 0.03, 0)
+    row.doc_id, row.source, row.text = "a\ud800", "b\ud800", "c\ud800"
+    watch_of(tmp_path)._write(replace(REPORT, findings=Findings(documents=[row])))
+    (event,) = read_events(tmp_path)
+    assert "most suspicious is a? (de)" in event["text"]
+    readable = (tmp_path / event["report"]).read_text()
+    assert "`a?`" in readable and "s?/de" in readable and "b?" in readable and "c?" in readable
+
+
+def test_a_report_that_is_no_json_ends_nothing(tmp_path: Path) -> None:
+    found = Findings(gradient_share_by_language={math.nan: 1.0})  # type: ignore[dict-item]
+    watch_of(tmp_path)._write(replace(REPORT, findings=found))
+    (event,) = read_events(tmp_path)
+    assert "no document could be looked at, without a report: " in event["text"]
+
+
+def test_a_rollback_that_cannot_be_kept_or_read_ends_nothing(tmp_path: Path) -> None:
+    (tmp_path / "anomalies").write_text("in the way")
+    state = TrainState(step=4)
+    watch_of(tmp_path).remember_rollback(state)
+    (event,) = read_events(tmp_path)
+    assert event["kind"] == "rollback_unsaved" and event["step"] == 4
+    assert "forgotten if the run ends before its next checkpoint: " in event["text"]
+    (tmp_path / "anomalies").unlink()
+    watch = watch_of(tmp_path)
+    assert watch._last_rollback(4) is None and len(read_events(tmp_path)) == 1
+    watch.remember_rollback(state)
+    assert watch._last_rollback(4) == state.rollback()
+    file = tmp_path / "anomalies/rollback.json"
+    for damaged in ("{", "[]", "{}"):
+        file.write_text(damaged)
+        assert watch._last_rollback(4) is None
+    assert "rollback.json is not what a run wrote" in read_events(tmp_path)[-1]["text"]
+    assert watch._last_rollback(0) is None and not file.exists()  # a run from the beginning
+    assert len(read_events(tmp_path)) == 4

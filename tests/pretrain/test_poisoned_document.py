@@ -13,7 +13,8 @@ import pytest
 from data.ledger import read_ledger
 from models.moe_config import MoEConfig
 from parallel.config import ParallelConfig
-from pretrain.config import AnomalyConfig, OnNonfinite, OnSpike
+from pretrain.anomaly_watch import AnomalyWatch
+from pretrain.config import AnomalyConfig, OnNonfinite, OnSpike, PretrainConfig
 from pretrain.events import read_events
 from pretrain.tracker import read_metrics
 from tests.distributed import run_on_gloo
@@ -194,6 +195,31 @@ def test_rollbacks_come_to_an_end(late: tuple[Path, Poison], tmp_path: Path) -> 
     assert diary.error.startswith(f"AnomalyError: step {SPIKE_STEP} was not taken: loss ")
     assert "anomaly.max_rollbacks=0 are used up" in diary.error
     assert "set anomaly.on_spike=skip or rollback" in diary.error
+
+
+def killed_after_rollback(settings: PretrainConfig, damage: str) -> Diary:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AnomalyWatch, "rolled_back", killed)
+        return poisoned.train(settings, damage)
+
+
+def killed(*given: Any) -> None:
+    raise RuntimeError("killed")
+
+
+def test_a_rollback_outlives_the_run(early: tuple[Path, Poison], tmp_path: Path) -> None:
+    """Killed before the next save, whose checkpoint would know of it."""
+    limits = replace(ANOMALY, on_nonfinite=OnNonfinite.rollback, max_rollbacks=1)
+    settings = poisoned.config(
+        early[0], tmp_path, train_steps=EARLY + 1, anomaly=limits, save_interval=EARLY - 1
+    )
+    first = run_on_gloo(2, killed_after_rollback, settings, "embedding")[0]
+    assert first.error == "RuntimeError: killed" and first.actions[-1] == "rollback"
+    left_out = first.samples[-1]
+    after = run_on_gloo(2, poisoned.train, settings, "once")  # in its second step
+    assert repr(after[0]) == repr(after[1]) and after[0].steps == [EARLY, EARLY + 1]
+    assert left_out not in after[0].samples and after[0].actions == ["apply", "stop"]
+    assert "anomaly.max_rollbacks=1 are used up" in after[0].error
 
 
 def test_without_a_checkpoint_a_rollback_is_a_skip(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from models.build import build_model
 from parallel.config import ConfigError, OptimizerConfig, ParallelConfig
 from parallel.engine import MegatronEngine
+from parallel.failure_watch import FailureWatch
 from parallel.runtime import initialize
 from parallel.stage_clock import STAGES, StageClock
 from pretrain.config import PretrainConfig, ProfileConfig, validate
@@ -224,6 +226,30 @@ def test_trace_and_table(tmp_path: Path) -> None:
     assert any(name.startswith("aten::") for name in names)
     forward = [e for e in events if e.get("name") == "forward" and e.get("ph") == "X"]
     assert len(forward) == 2 * 4  # two steps of four micro-batches on each of two ranks
+
+
+def trace_that_takes_its_time(run_dir: str) -> str:
+    runtime = initialize(ParallelConfig(), seed=1)
+    with FailureWatch(runtime, heartbeat_interval_seconds=0.4, heartbeat_timeout_seconds=2.0):
+        time.sleep(1)  # until its thread has given a sign of life
+        profiler = StepProfiler(ProfileConfig(start_step=1, ranks=[1]), runtime, Path(run_dir))
+        profiler.before(1)
+        profiler.add({stage: (0.1, 0.0) for stage in STAGES})
+        if profiler.tracing:
+            export = profiler._trace.export_chrome_trace
+
+            def long_export(path: str) -> None:
+                ctypes.PyDLL(None).sleep(4)  # keeps Python's lock, as that of a large trace does
+                export(path)
+
+            profiler._trace.export_chrome_trace = long_export
+        profiler.finish()
+    return "alive"
+
+
+def test_a_rank_that_writes_a_large_trace_is_not_dead(tmp_path: Path) -> None:
+    assert run_on_gloo(2, trace_that_takes_its_time, str(tmp_path)) == ["alive", "alive"]
+    assert (tmp_path / "profile" / "rank_0001.json").is_file()
 
 
 def test_table_text() -> None:

@@ -111,10 +111,24 @@ def test_who_lost_the_folder_says_no_more(tmp_path: Path, monkeypatch: pytest.Mo
             time.sleep(0.01)
         with pytest.raises(RunFolderBusyError, match=r"was taken over by process \d+ on .*without"):
             status.running(2)
-        status.saving(3)
+        with pytest.raises(RunFolderBusyError, match="was taken over by process"):
+            status.saving(3)
         status.ended(None)
     assert states(tmp_path) == ("running", 1, "")
     assert json.loads((tmp_path / "lock").read_text())["token"]  # the other's stays
+
+
+def test_who_may_publish_is_read_from_the_lock_at_once(tmp_path: Path) -> None:
+    with RunLock(tmp_path) as lock:
+        status = RunStatus(tmp_path, lock)
+        assert status.may_publish()
+        (tmp_path / "lock").unlink()  # by hand; the heartbeat brings it back
+        assert status.may_publish()
+        assert LockFile(tmp_path / "lock", since=time.time()).take(lambda path, holder: True)
+        assert not lock.lost and not status.may_publish()
+        (tmp_path / "lock").unlink()
+    assert not status.may_publish()  # given back
+    assert RunStatus(tmp_path).may_publish()
 
 
 def test_readers_never_see_half_a_file(tmp_path: Path) -> None:

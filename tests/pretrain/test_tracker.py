@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,13 @@ from pretrain.config import PretrainConfig, TensorboardConfig, WandbConfig, Wand
 from pretrain.tracker import (
     MetricsFile,
     NullTracker,
+    StepLines,
+    _Trackers,
     make_tracker,
     read_metrics,
     resolve_wandb_mode,
 )
+from tests.disks import small_disk
 from tests.parity import MODEL
 from tests.pretrain.wandb_server import HANG, wandb_server
 
@@ -382,3 +386,43 @@ def test_a_killed_run_goes_on_behind_what_wandb_has(tmp_path: Path) -> None:
         at_server = [row["_step"] for row in server.history]
         assert at_server == list(range(13))
         assert server.runs == {(run_dir / "wandb_run_id").read_text().strip()}
+
+
+def test_lines_wait_for_a_full_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with small_disk(tmp_path / "disk", "64k") as disk:
+        lines = StepLines(disk / "lines.jsonl")
+        lines.write({"step": 1})
+        filler = disk / "filler"
+        with suppress(OSError), open(filler, "wb", buffering=0) as file:
+            while file.write(b"x" * 1000):
+                pass
+        for step in range(2, 9):
+            lines.write({"step": step, "text": "long" * 500})
+        assert capsys.readouterr().err.count("its lines wait in memory") == 1
+        filler.unlink()
+        lines.write({"step": 9})
+        lines.close()
+        written = [json.loads(line) for line in (disk / "lines.jsonl").read_text().splitlines()]
+        assert [record["step"] for record in written] == list(range(1, 10))
+
+
+def test_a_disk_that_stays_full_is_no_error_at_the_end(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", "64k") as disk:
+        lines = StepLines(disk / "lines.jsonl")
+        with suppress(OSError):
+            (disk / "filler").write_bytes(b"x" * 100_000)
+        lines.write({"step": 1})
+        lines.close()
+
+
+def test_all_trackers_are_closed(tmp_path: Path) -> None:
+    closed = []
+
+    class Failing(NullTracker):
+        def close(self, failed: bool = False) -> None:
+            closed.append(failed)
+            raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space left"):
+        _Trackers([Failing(), Failing()]).close(failed=True)
+    assert closed == [True, True]
