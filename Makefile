@@ -50,7 +50,7 @@ $(VENV)/bin/python:
 # torchscale (the tests compare with it) would bring timm and a torchvision that fits no CPU torch:
 # it comes without its dependencies, and fairscale is the only one of them that its decoder needs.
 $(INSTALLED): | $(VENV)/bin/python
-	@echo 'Setting up $(VENV): a minute or two, once.'
+	@echo 'Setting up $(VENV): some minutes, once.'
 	@$(PIP) torch
 	@$(PIP) -e '.[dev]'
 	@$(PIP) --no-deps torchscale fairscale

@@ -57,6 +57,7 @@ def test_without_the_baseline_there_is_no_ratio() -> None:
     assert "| - |" in markdown_table([replace(row, first_loss=None)])
 
 
+@pytest.mark.slow
 def test_two_processes_take_their_steps_in_turns() -> None:
     results = run_in_turns(
         [PEERS["plain"]] * 2, SMALL, steps=2, warmup=1, venvs=Path("unused"), timeout_seconds=200
@@ -69,6 +70,7 @@ def test_two_processes_take_their_steps_in_turns() -> None:
     assert results[0]["losses"] == results[1]["losses"]
 
 
+@pytest.mark.slow
 def test_a_peer_that_dies_is_reported_and_the_other_finishes(tmp_path: Path) -> None:
     broken = replace(PEERS["plain"], module="no_such_peer")
     settings = {"steps": 1, "warmup": 0, "venvs": tmp_path, "timeout_seconds": 200}

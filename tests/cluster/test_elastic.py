@@ -95,6 +95,7 @@ def check_what_was_made_again(
 
 
 @pytest.mark.timeout(900)  # seconds on an idle machine, minutes on a busy one
+@pytest.mark.slow
 def test_torchrun_restarts_after_a_killed_rank_and_the_run_goes_on(tmp_path: Path) -> None:
     run_dir, steps = tmp_path / "run", 40
     words = ("--standalone", "--nproc-per-node", "2", "--max-restarts", "1")

@@ -44,6 +44,7 @@ def test_a_layout_that_is_right(tmp_path: Path) -> None:
     assert "BEYOND" not in ended.stdout
 
 
+@pytest.mark.slow
 def test_axes_that_are_reduced_with_experts(tmp_path: Path) -> None:
     ended = start(
         "+model=xmoe_7b_64e", "parallel=tp4_pp4_ep8", "verify.processes=4", folder=tmp_path

@@ -172,6 +172,7 @@ def holding_the_lock() -> None:
         dist.barrier()
 
 
+@pytest.mark.slow
 def test_a_rank_that_keeps_the_lock_is_dead_and_its_stack_shows_the_call(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
@@ -390,6 +391,7 @@ def slow_but_moving() -> str:
     return "alive"
 
 
+@pytest.mark.slow
 def test_slow_is_not_hanging() -> None:
     assert run_on_gloo(2, slow_but_moving) == ["alive", "alive"]
 

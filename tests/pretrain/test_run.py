@@ -180,6 +180,7 @@ def test_signal_saves_and_says_that_it_is_to_be_started_again(
     assert_stopped_cleanly(tmp_path / "run", whole, number.name)
 
 
+@pytest.mark.slow
 def test_torchrun_that_ignores_usr1_is_stopped_by_slurm_s_way(
     environment: dict[str, str], whole: Path, tmp_path: Path
 ) -> None:
