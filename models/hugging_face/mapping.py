@@ -15,7 +15,7 @@ of queries and keys are put into their order, which changes no score.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
@@ -242,19 +242,7 @@ _GPT_NEOX = _Names(
     up="mlp.dense_h_to_4h",
     down="mlp.dense_4h_to_h",
 )
-_MAGNETO = _Names(
-    embedding="model.embed_tokens.weight",
-    final_norm="model.norm",
-    output="lm_head.weight",
-    layer="model.layers.{}.",
-    attention_norm="input_layernorm",
-    feed_forward_norm="pre_mlp_layernorm",
-    query_key_value=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    projection="self_attn.o_proj",
-    gate="mlp.gate_proj",
-    up="mlp.up_proj",
-    down="mlp.down_proj",
-)
+_MAGNETO = replace(_LLAMA, feed_forward_norm="pre_mlp_layernorm")
 
 
 def _outer(model: ModelConfig, names: _Names) -> Iterator[Source]:
