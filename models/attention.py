@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 from models.config import ModelConfig, PositionEmbedding
 from models.document_segments import DocumentSegments
@@ -31,10 +31,8 @@ from parallel.context_parallel import (
 )
 from parallel.megatron import MegatronModule, TransformerConfig, tensor_parallel
 
-try:  # torch 2.10 or newer
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:
-    varlen_attn = None  # type: ignore[assignment]
+# torch.nn.attention's modules import torch.compile's machinery, a second of every start; they are
+# imported where a GPU uses them.
 
 
 class RotaryTables:
@@ -214,6 +212,8 @@ class CausalAttention(MegatronModule):
         self, query: Tensor, key: Tensor, value: Tensor, segments: DocumentSegments
     ) -> Tensor:
         """One call of the flash kernel over all segments of the micro-batch."""
+        from torch.nn.attention.varlen import varlen_attn
+
         s, b = query.shape[:2]
         # [b·s, heads, d], row after row
         query, key, value = (x.transpose(0, 1).flatten(0, 1) for x in (query, key, value))
@@ -271,6 +271,8 @@ def _later_queries(query: Tensor, key: Tensor) -> Tensor:
     on one core, forward and backward: 8 to 17 % more time for cp 2 and 4).
     """
     if query.device.type != "cpu":
+        from torch.nn.attention.bias import causal_lower_right
+
         return causal_lower_right(query.shape[2], key.shape[2])
     return _lower_right_mask(query.shape[2], key.shape[2])
 
@@ -283,9 +285,9 @@ def _lower_right_mask(queries: int, keys: int) -> Tensor:
 def _has_varlen_kernel(query: Tensor) -> bool:
     """torch's flash kernel for variable lengths takes 16-bit types on NVIDIA Ampere or newer."""
     return (
-        varlen_attn is not None
+        query.device.type == "cuda"
         and query.dtype in (torch.bfloat16, torch.float16)
-        and query.device.type == "cuda"
         and torch.version.hip is None
+        and find_spec("torch.nn.attention.varlen") is not None  # torch 2.10 or newer
         and torch.cuda.get_device_capability(query.device) >= (8, 0)
     )
