@@ -8,6 +8,9 @@ MAKEFLAGS += --no-builtin-rules
 PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3)
 NPROC ?= 4
 ARGS ?=
+# Processes that share out the test files. Most tests keep one core busy, or wait: two halve the time
+# on two cores.
+TEST_JOBS ?= 2
 
 # One thread a rank: several ranks share the cores, and OpenMP threads that wait for a core spin.
 export OMP_NUM_THREADS ?= 1
@@ -68,7 +71,7 @@ demo: $(INSTALLED)
 	  run_dir=runs/demo/$(shell date +%Y%m%d-%H%M%S) $(ARGS)
 
 test: $(INSTALLED)
-	$(RUN) -m pytest $(ARGS)
+	$(RUN) -m pytest -n $(TEST_JOBS) --dist loadfile $(ARGS)
 
 test-all: $(INSTALLED)
 	$(RUN) -m pytest -m 'not gpu' $(ARGS)

@@ -156,6 +156,8 @@ class MixtureConfig(RatioRule):
     language_max_epochs: dict[str, float] = field(default_factory=dict)  # exceptions to it
     when_exhausted: WhenExhausted = WhenExhausted.repeat
     stages: list[MixtureStage] = field(default_factory=list)
+    # a fitted law (data/scaling_law/law.py) to hold measured losses against; changes no ratio
+    law: str = ""
 
     def __post_init__(self) -> None:
         found = self.problems("data.mixture", self.max_epochs)

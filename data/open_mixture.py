@@ -116,6 +116,12 @@ def open_mixture(
     return opened
 
 
+def built_stores(config: DataConfig, tokenizer: Tokenizer) -> Path | None:
+    """The folder of token stores that `prepare` made of data.corpus; None where it has not yet."""
+    folder = stores_folder(*_what_to_build(config, tokenizer))
+    return folder if is_complete(folder) else None
+
+
 def open_tokenizer(config: DataConfig) -> Tokenizer:
     """data.tokenizer; if that is empty the one data.store_dir was made with, or the demo's."""
     path = config.tokenizer

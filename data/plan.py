@@ -248,14 +248,28 @@ def _verdict(plan: Plan) -> list[str]:
     if plan.stages > 1:
         lines.append(f"Ratios change over {plan.stages} stages; asked % is their average.")
     reached = [row for row in plan.rows if row.language and row.ends_at is not None]
-    broken = [row for row in plan.rows if row.language and row.broken]
     if reached and plan.when_exhausted == WhenExhausted.redistribute.value:
         lines.append(
             f"{_languages(len(reached), 'reach')} the cap; the share goes to others from there on."
         )
+    ends, beyond = shortfalls(plan)
+    lines += ends + beyond
+    if plan.ok:
+        capped = any(row.max_epochs is not None for row in plan.rows)
+        lines.append(
+            "No epoch cap is broken."
+            if capped
+            else "No epoch cap is set (data.mixture.max_epochs)."
+        )
+    return lines
+
+
+def shortfalls(plan: Plan) -> tuple[list[str], list[str]]:
+    """A line each where the data ends before the run, and where languages go beyond their caps."""
+    ends, beyond = [], []
     if plan.drawn < plan.samples:
         redistributed = plan.when_exhausted == WhenExhausted.redistribute.value
-        lines.append(
+        ends.append(
             f"The data ends at sample {plan.drawn:,} of {plan.samples:,}, in step "
             f"{plan.drawn // plan.global_batch_size + 1:,}: "
             + (
@@ -266,21 +280,15 @@ def _verdict(plan: Plan) -> list[str]:
                 "data.mixture.max_epochs, or set data.mixture.when_exhausted=redistribute."
             )
         )
+    broken = [row for row in plan.rows if row.language and row.broken]
     if broken:
         worst = max(broken, key=lambda row: row.epochs / (row.max_epochs or 1))
-        lines.append(
+        beyond.append(
             f"{_languages(len(broken), 'go')} beyond the cap, most of all "
             f"{worst.language}: {worst.epochs:.4g} epochs, {worst.max_epochs:g} allowed. Lower the "
             "ratio, plan a shorter run, or raise the cap."
         )
-    if plan.ok:
-        capped = any(row.max_epochs is not None for row in plan.rows)
-        lines.append(
-            "No epoch cap is broken."
-            if capped
-            else "No epoch cap is set (data.mixture.max_epochs)."
-        )
-    return lines
+    return ends, beyond
 
 
 def _languages(number: int, verb: str) -> str:
@@ -309,6 +317,10 @@ def show(settings: StreamSettings, samples: int, given: argparse.Namespace) -> i
     """Makes the plan, prints it and writes what is asked for; returns the exit status."""
     started = time.perf_counter()
     mixture = open_stream(settings).mixture
+    if settings.data.mixture.law:
+        from data.mixture_law import open_law_of  # only runs with a law need it
+
+        open_law_of(mixture, settings.data.mixture.law)
     plan = make_plan(
         mixture,
         settings.data.mixture,
@@ -369,7 +381,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="a folder of token stores (data.store_dir), and settings as the launcher has them",
     )
     parser.add_argument("--run", metavar="FOLDER", help="settings of this run (its config.yaml)")
-    parser.add_argument("--mixture", type=Path, metavar="FILE.yaml", help="values of data.mixture")
+    parser.add_argument("--mixture", type=Path, metavar="FILE.yaml", help="stands for data.mixture")
     parser.add_argument("--seq-length", type=int, metavar="N", help="data.seq_length")
     parser.add_argument("--global-batch-size", type=int, metavar="N", help="sequences in a step")
     length = parser.add_mutually_exclusive_group()
@@ -411,7 +423,7 @@ def settings_of(given: argparse.Namespace, more: dict[str, Any]) -> StreamSettin
     return read_settings(
         [word for word in given.words if "=" in word],
         run=given.run,
-        files=[("data.mixture", given.mixture)] if given.mixture else [],
+        mixture=given.mixture,
         values={name: value for name, value in flags.items() if value is not None},
     )
 

@@ -199,8 +199,7 @@ def _bisect(
     below, above = min(log_values), max(log_values) + 1.0
     while sum(ratios(above).values()) > 1 and above - below < 1e4:
         above += above - below
-    for _ in range(200):
-        middle = (below + above) / 2
+    while below < (middle := (below + above) / 2) < above:  # until no number lies in between
         if math.fsum(ratios(middle).values()) > 1:
             below = middle
         else:

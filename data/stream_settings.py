@@ -19,8 +19,9 @@ import yaml  # type: ignore[import-untyped]
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from data.config import DataConfig, Verify
+from data.config import DataConfig, MixtureConfig, Verify
 from data.language_families import near
+from data.mixture_file import read_mixture_file
 from data.open_mixture import OpenedMixture, open_mixture, prepare
 
 
@@ -65,13 +66,13 @@ def read_settings(
     words: Sequence[str] = (),
     *,
     run: Path | str | None = None,
-    files: Sequence[tuple[str, Path]] = (),
+    mixture: Path | str | None = None,
     values: Mapping[str, Any] | None = None,
 ) -> StreamSettings:
-    """Settings from a run's folder (or a config.yaml), files, words and values, in this order.
+    """Settings from a run's folder (or a config.yaml), a file, words and values, in this order.
 
-    files: (setting, YAML file) pairs, as ("data.mixture", Path("mixture.yaml")). values: by
-    setting, as flags of a program give them.
+    mixture: a file that stands for data.mixture as a whole (data/mixture_file.py), as the word
+    data/mixture=FILE.yaml does. values: by setting, as flags of a program give them.
 
     Raises FileNotFoundError for a file that is not there, ValueError for settings that do not
     exist, that a stream of samples does not depend on, or whose values break a rule.
@@ -84,10 +85,14 @@ def read_settings(
             for name, value in (content.get(section) or {}).items():
                 if section == "data" or name in cfg[section]:  # of the others we know a few
                     _set(cfg, f"{section}.{name}", value, f"{path}: {section}.{name}={value}")
-    for setting, path in files:
-        _set(cfg, setting, _read_yaml(path), str(path))
-    for setting, value, word in _parse(words):
-        _set(cfg, setting, value, word)
+    parsed = _parse(words)
+    files = [value for setting, value, _ in parsed if _is_mixture_file(setting, value)]
+    for path in [mixture, *files] if mixture is not None else files:
+        cfg.data.mixture = OmegaConf.structured(MixtureConfig)  # the file stands for all of it
+        _set(cfg, "data.mixture", read_mixture_file(Path(path).expanduser()), str(path))
+    for setting, value, word in parsed:
+        if not _is_mixture_file(setting, value):
+            _set(cfg, setting, value, word)
     for setting, value in (values or {}).items():
         _set(cfg, setting, value, f"{setting}={value}")
     data = cast(DataConfig, OmegaConf.to_object(cfg.data))
@@ -162,6 +167,10 @@ def _parse(words: Sequence[str]) -> list[tuple[str, Any, str]]:
             raise ValueError(f"{word}: one value for one setting; write [a,b] for a list")
         parsed.append((override.key_or_group, override.value(), word))
     return parsed
+
+
+def _is_mixture_file(setting: str, value: Any) -> bool:
+    return setting == "data/mixture" and str(value).endswith((".yaml", ".yml"))
 
 
 def _set(cfg: DictConfig, setting: str, value: Any, origin: str) -> None:

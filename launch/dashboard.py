@@ -2,6 +2,7 @@
 
     python -m launch.dashboard --entity my-team --project magnetron  # saves it
     python -m launch.dashboard --print                                # its specification, offline
+    python -m launch.dashboard ... --law sweep/law.yaml    # and a chart for each family of a law
 
 Built from the table in pretrain/metrics.py by wandb-workspaces (an optional package:
 magnetron[dashboard]), which checks every chart before anything is sent. Saving needs a W&B key.
@@ -17,7 +18,7 @@ from importlib import import_module
 from typing import Any
 
 from pretrain.config import WandbConfig
-from pretrain.metrics import Chart, Section, charts
+from pretrain.metrics import Axis, Chart, Section, charts
 
 # sections a team looks at first are open, the others a click away
 _OPEN = (Section.loss, Section.languages, Section.throughput, Section.health)
@@ -28,25 +29,33 @@ class DashboardError(Exception):
     """The dashboard cannot be built or saved; the message says what to do."""
 
 
-def workspace(entity: str, project: str, name: str) -> Any:
+def workspace(entity: str, project: str, name: str, families: Sequence[str] = ()) -> Any:
     """The dashboard as wandb-workspaces' Workspace; nothing is sent.
+
+    families: those of a scaling law; each gets a chart of measured and predicted loss.
 
     Raises DashboardError without that package.
     """
     workspaces, reports = _packages()
+
+    def section(title: str, panels: list[Any], is_open: bool) -> Any:
+        layout = workspaces.SectionLayoutSettings(columns=_COLUMNS, rows=_ROWS)
+        return workspaces.Section(
+            name=title, panels=panels, is_open=is_open, layout_settings=layout
+        )
+
+    sections = [
+        section(part.value, [panel(chart, reports) for chart in charts(part)], part in _OPEN)
+        for part in Section
+    ]
+    if families:
+        panels = [prediction_panel(family, reports) for family in families]
+        sections.insert(1, section("Measured and predicted", panels, is_open=True))
     return workspaces.Workspace(
         entity=entity,
         project=project,
         name=name,
-        sections=[
-            workspaces.Section(
-                name=section.value,
-                panels=[panel(chart, reports) for chart in charts(section)],
-                is_open=section in _OPEN,
-                layout_settings=workspaces.SectionLayoutSettings(columns=_COLUMNS, rows=_ROWS),
-            )
-            for section in Section
-        ],
+        sections=sections,
         settings=workspaces.WorkspaceSettings(x_axis="step"),
     )
 
@@ -63,6 +72,17 @@ def panel(chart: Chart, reports: Any) -> Any:
         pattern = "|".join(metric.pattern for metric in chart.metrics)
         return reports.LinePlot(metric_regex=pattern, **settings)
     return reports.LinePlot(y=[metric.name for metric in chart.metrics], **settings)
+
+
+def prediction_panel(family: str, reports: Any) -> Any:
+    """Measured and predicted validation loss of one family, and the interval's two ends."""
+    names = ("loss", "predicted_loss", "predicted_low", "predicted_high")
+    return reports.LinePlot(
+        title=f"{family}: measured and predicted loss",
+        x=Axis.tokens.value,
+        y=[f"eval/family/{family}/{name}" for name in names],
+        title_y="nats per token",
+    )
 
 
 def specification(built: Any) -> dict[str, Any]:
@@ -95,6 +115,15 @@ def save(built: Any) -> str:
         ) from error
 
 
+def _families_of(law: str) -> list[str]:
+    from data.scaling_law.law import ScalingLaw
+
+    try:
+        return list(ScalingLaw.load(law).families)
+    except (OSError, ValueError) as error:
+        raise DashboardError(f"--law {error}") from None
+
+
 def _packages() -> tuple[Any, Any]:
     try:
         reports = import_module("wandb_workspaces.reports.v2")
@@ -117,10 +146,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--entity", default=os.environ.get("WANDB_ENTITY", ""), help="W&B team")
     parser.add_argument("--project", default=defaults.project)
     parser.add_argument("--name", default="Pretraining", help="of the dashboard")
+    parser.add_argument("--law", metavar="FILE", help="chart the families of this scaling law")
     parser.add_argument("--print", action="store_true", help="write the JSON specification only")
     given = parser.parse_args(arguments)
     try:
-        built = workspace(given.entity or "entity", given.project, given.name)
+        families = _families_of(given.law) if given.law else []
+        built = workspace(given.entity or "entity", given.project, given.name, families)
         if given.print:
             print(json.dumps(specification(built), indent=2))
             return 0

@@ -25,10 +25,10 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from launch.schema import CONF, CompositionError, explain, register, to_pretrain_config
+from launch.mixture_file import short_name, with_mixture_files
+from launch.schema import CONF, CompositionError, explain, register, validated
 from launch.slurm_environment import adopt_slurm_ranks
 from parallel.config import ConfigError
-from pretrain.config import validate
 from pretrain.stop_signal import stop_signal
 
 # Set in jobs that submitit runs for a sweep. Their errors are handed, as exceptions, to the process
@@ -44,12 +44,15 @@ def launch(cfg: DictConfig) -> None:
     adopt_slurm_ranks()  # where srun started the ranks, as for the jobs of a sweep
     try:
         typed = OmegaConf.to_container(hydra_config.overrides.task, resolve=False)
-        config = to_pretrain_config(cfg, cast(list[str], typed))
-        validate(config, world_size=int(os.environ.get("WORLD_SIZE") or 1))
+        processes = int(os.environ.get("WORLD_SIZE") or 1)
+        config = validated(cfg, cast(list[str], typed), world_size=processes)
     except ConfigError as error:
         refuse(error)
     if hydra_config.mode == RunMode.MULTIRUN:  # or jobs would go on from each other's checkpoints
-        config.run_dir += "/" + folder_of_job(hydra_config.job.override_dirname)
+        mixtures = [name for word in cast(list[str], typed) if (name := short_name(word))]
+        words = [hydra_config.job.override_dirname, *mixtures]
+        # no words but +run=NAME: a run of launch/sweep.py, whose file names a folder of its own
+        config.run_dir = str(Path(config.run_dir, folder_of_job(",".join(filter(None, words)))))
 
     try:
         with stop_signal() as stop:  # before the imports of the next line, which take seconds
@@ -78,6 +81,7 @@ def main() -> None:
     register()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra passes errors on instead of wording them itself
     try:
+        sys.argv[1:] = with_mixture_files(sys.argv[1:])
         hydra.main(version_base="1.3", config_path=str(CONF), config_name="pretrain")(launch)()
     except (*CompositionError, ConfigError) as error:
         refuse(explain(error, sys.argv[1:]))

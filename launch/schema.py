@@ -22,27 +22,32 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
+from launch.mixture_file import WORD, with_mixture_files
+from launch.units import number_meant
 from models.config import ModelConfig
 from models.parameter_count import parameter_count
 from parallel.config import ConfigError
-from pretrain.config import PretrainConfig
+from pretrain.config import PretrainConfig, validate
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 ADDED = ("model", "experiment")  # groups chosen with a + in front: no default stands for them
 SITES = "cluster"  # not a group of the launcher's: launch.slurm reads these files
 
+Built = typing.TypeVar("Built")
+
 # what Hydra, OmegaConf and the YAML reader raise while they put a configuration together
 CompositionError = (HydraException, OmegaConfBaseException, yaml.YAMLError)
 
 
+@cache
 def register() -> None:
     """Makes the dataclasses known to Hydra as `schema`, the first entry of conf/pretrain.yaml."""
     schema = OmegaConf.structured(PretrainConfig)
     schema.model = ModelConfig  # its fields one by one, instead of a whole that is missing
     # families are named by the data: data.mixture.ratios.slavic=2 needs no + in front
-    OmegaConf.set_struct(schema.data.mixture.ratios, False)
+    OmegaConf.set_struct(schema.data.mixture, False)
     ConfigStore.instance().store(name="schema", node=schema)
 
 
@@ -55,7 +60,7 @@ def load(overrides: Sequence[str] = ()) -> PretrainConfig:
     register()
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            cfg = compose("pretrain", overrides=list(overrides))
+            cfg = compose("pretrain", overrides=with_mixture_files(overrides))
     except CompositionError as error:
         raise explain(error, overrides) from None
     return to_pretrain_config(cfg, overrides)
@@ -67,22 +72,89 @@ def to_pretrain_config(cfg: DictConfig, overrides: Sequence[str] = ()) -> Pretra
     Raises ConfigError with the problems of all of them: settings that do not exist (a + in front
     gets them past Hydra), settings without a value, broken rules.
     """
+    config, problems = build(cfg, overrides)
+    if config is None or problems:
+        raise ConfigError(*problems)
+    return config
+
+
+def validated(cfg: DictConfig, overrides: Sequence[str], world_size: int) -> PretrainConfig:
+    """`to_pretrain_config`, held against the rules across rooms as well.
+
+    Raises ConfigError with everything that is wrong, of all classes and across them.
+    """
+    config, problems = build(cfg, overrides)
+    if config is not None:
+        problems += broken_rules_across_rooms(config, world_size, problems)
+    if config is None or problems:
+        raise ConfigError(*problems)
+    return config
+
+
+def build(
+    cfg: DictConfig, overrides: Sequence[str] = ()
+) -> tuple[PretrainConfig | None, list[str]]:
+    """The dataclasses, and everything that is wrong with the values of each.
+
+    Where something is, the objects hold what was typed without having passed their own rules, so
+    that the rules of the others can still be looked at. None where settings have no value.
+    """
     problems = [_no_such_setting(key, overrides) for key in _unknown_settings(cfg)]
     if OmegaConf.is_missing(cfg.model, "name"):
-        raise ConfigError(*problems, _no_model())
-    problems += [f"{key} has no value" for key in sorted(OmegaConf.missing_keys(cfg.model))]
-    if problems:
-        raise ConfigError(*problems)
+        problems.append(_no_model())
+    else:
+        problems += [f"{key} has no value" for key in sorted(OmegaConf.missing_keys(cfg.model))]
+    config, found = _build(PretrainConfig, cfg, overrides)
+    return config, problems + found
+
+
+def broken_rules_across_rooms(
+    config: PretrainConfig, world_size: int, known: Sequence[str]
+) -> list[str]:
+    """What `pretrain.config.validate` says, but for what is in `known`."""
+    try:
+        validate(config, world_size)
+    except ConfigError as error:
+        return [problem for problem in error.problems if problem not in known]
+    except (ArithmeticError, ValueError):
+        if not known:  # sizes of 0 and the like, which have been told, make nonsense of the rest
+            raise
+    return []
+
+
+def _build(
+    cls: type[Built], node: DictConfig, overrides: Sequence[str]
+) -> tuple[Built | None, list[str]]:
+    """An object of `cls` with the values of `node`, and what is wrong with them; see `build`."""
     values: dict[str, Any] = {}
-    for field in dataclasses.fields(PretrainConfig):
+    problems: list[str] = []
+    for name, annotation in typing.get_type_hints(cls).items():
         try:
-            value = cfg[field.name]
-            values[field.name] = OmegaConf.to_object(value) if _is_section(value) else value
+            if OmegaConf.is_missing(node, name):
+                continue  # told by whoever asked
+            value = node[name]
+            if dataclasses.is_dataclass(annotation):
+                value, found = _build(typing.cast(type, annotation), value, overrides)
+                problems += found
+                if value is None:
+                    continue
+            elif OmegaConf.is_config(value):
+                value = OmegaConf.to_object(value)
+        except InterpolationToMissingValueError:
+            continue
         except (ValueError, OmegaConfBaseException) as error:
             problems += explain(error, overrides).problems
-    if problems:
-        raise ConfigError(*problems)
-    return PretrainConfig(**values)
+        else:
+            values[name] = value
+    if any(field.name not in values for field in dataclasses.fields(typing.cast(Any, cls))):
+        return None, problems
+    try:
+        return cls(**values), problems
+    except (ValueError, OmegaConfBaseException) as error:
+        problems += [p for p in explain(error, overrides).problems if p not in problems]
+    unchecked = object.__new__(cls)
+    vars(unchecked).update(values)
+    return unchecked, problems
 
 
 def shipped_models() -> dict[str, ModelConfig]:
@@ -108,15 +180,12 @@ def explain(error: Exception, overrides: Sequence[str] = ()) -> ConfigError:
     if found := re.search(r"Multiple values for (\w+)\.", text):
         return ConfigError(_already_chosen(found[1], overrides))
     if isinstance(error, OverrideParseException):
-        reason = text.split("override '" + error.override + "'")[-1].strip().splitlines()[0]
-        return ConfigError(f"{error.override} is not SETTING=VALUE as Hydra reads it: {reason}")
+        return ConfigError(_unreadable(error.override, text))
     if found := re.search(r"An item is already at '(.+)'", text):
         typed = _typed(found[1], overrides)
         return ConfigError(f"{typed} exists already; drop the +: {typed.lstrip('+')}")
     if found := re.search(r"Ambiguous value for argument '(.*)'", text):
-        return ConfigError(
-            f"{found[1]} is a list or a sweep; write [a,b] for a list, add --multirun for a sweep"
-        )
+        return ConfigError(_several_values(found[1]))
     if found := re.search(r"full_key: (\S+)", text):
         return ConfigError(_wrong_setting(found[1], text, overrides))
     if found := re.search(r"In '([^']+)': \w+ raised while composing config:\n(.*)", text):
@@ -124,9 +193,25 @@ def explain(error: Exception, overrides: Sequence[str] = ()) -> ConfigError:
     return ConfigError(" ".join(str(error).split()))  # the YAML reader names file, line and column
 
 
+def _unreadable(word: str, text: str) -> str:
+    reason = text.split(f"override '{word}'")[-1].strip().splitlines()[0]
+    name, _, value = word.partition("=")
+    could_be_text = value and not set(value) & set("[]{}()'\"")
+    hint = f"; if the value is text, quote it: \"{name}='{value}'\"" if could_be_text else ""
+    return f"{word} is not SETTING=VALUE as Hydra reads it: {reason}{hint}"
+
+
+def _several_values(word: str) -> str:
+    name, _, value = word.lstrip("+").partition("=")
+    kind = _annotation(name)
+    if meant := number_meant(name, value, (kind, *typing.get_args(kind))):
+        return f"{word} is no number; {meant}"
+    return f"{word} is a list or a sweep; write [a,b] for a list, add --multirun for a sweep"
+
+
 def _wrong_setting(key: str, text: str, overrides: Sequence[str]) -> str:
     """An error of OmegaConf about `key`: it does not exist, or its value does not fit."""
-    override = _override(key, overrides)
+    override = override_of(key, overrides)
     file = re.search(r"In '([^']+)': \w+ raised while composing", text)
     where = f"{file[1]}.yaml: " if file and not override else ""
     if re.search(r"Key '.*' (is )?not in", text):
@@ -136,7 +221,7 @@ def _wrong_setting(key: str, text: str, overrides: Sequence[str]) -> str:
     if "does not support deletion" in text:
         return f"{override}: a setting cannot be taken away; it has its default when not named"
     if key in _sections():
-        members = [name for name in _settings() if name.startswith(f"{key}.")]
+        members = [name for name in settings() if name.startswith(f"{key}.")]
         return f"{where}{override or key}: {key} is a group of settings: {', '.join(members)}"
     value = re.search(r"[Vv]alue '(.*?)'", text)
     typed = override or (f"{key}={value[1]}" if value else key)
@@ -144,15 +229,18 @@ def _wrong_setting(key: str, text: str, overrides: Sequence[str]) -> str:
     if annotation is None:  # a table where one value belongs, or one of Hydra's own settings
         return f"{where}{typed} does not fit: {text.splitlines()[1]}"
     rule, choices = _rule(annotation)
-    meant = closest(typed.partition("=")[2], choices)
-    return f"{where}{typed} must be {rule}" + (f"; did you mean {meant[0]}?" if meant else "")
+    given = typed.partition("=")[2]
+    hint = number_meant(key, given, (annotation, *typing.get_args(annotation)))
+    if hint is None and (meant := closest(given, choices)):
+        hint = f"did you mean {meant[0]}?"
+    return f"{where}{typed} must be {rule}" + (f"; {hint}" if hint else "")
 
 
 def _no_such_setting(key: str, overrides: Sequence[str]) -> str:
     typed = _typed(key, overrides)
     name = typed.lstrip("+~").partition("=")[0]
     groups = {group: f"+{group}" if group in ADDED else group for group in _groups()}
-    names = [*_settings(), *groups] if "." not in name else list(_settings())
+    names = [*settings(), *groups] if "." not in name else list(settings())
     meant = [groups.get(near, near) for near in closest(name, names)]
     if not meant:
         return f"{typed}: there is no setting {name}; --cfg job prints all there are"
@@ -212,7 +300,7 @@ def _body(model: ModelConfig) -> int:
     return parameter_count(model, vocab_size=1).non_embedding
 
 
-def _override(key: str, overrides: Sequence[str]) -> str | None:
+def override_of(key: str, overrides: Sequence[str]) -> str | None:
     """The word on the command line that sets `key`, one below it, or a table it lies in."""
     words = {word: word.lstrip("+~").partition("=")[0] for word in overrides}
     return next(
@@ -226,34 +314,30 @@ def _override(key: str, overrides: Sequence[str]) -> str | None:
 
 
 def _typed(key: str, overrides: Sequence[str]) -> str:
-    return _override(key, overrides) or key
-
-
-def _is_section(value: object) -> bool:
-    return OmegaConf.is_config(value)
+    return override_of(key, overrides) or key
 
 
 @cache
-def _settings() -> dict[str, Any]:
+def settings() -> dict[str, Any]:
     """Every setting by its dotted name -> its annotation."""
     return dict(_walk(PretrainConfig, ""))
 
 
 @cache
 def _sections() -> set[str]:
-    return {name.rpartition(".")[0] for name in _settings()} - {""}
+    return {name.rpartition(".")[0] for name in settings()} - {""}
 
 
 @cache
 def _groups() -> list[str]:
     folders = (folder.name for folder in CONF.iterdir() if folder.is_dir())
-    return sorted(name for name in folders if name != SITES)
+    return sorted({*folders, WORD} - {SITES})
 
 
 def _annotation(key: str) -> Any:
     """Type of a setting, or of an entry of a table of settings; None for any other key."""
-    table = _settings().get(key.rpartition(".")[0])
-    return typing.get_args(table)[1] if table is not None else _settings().get(key)
+    table = settings().get(key.rpartition(".")[0])
+    return typing.get_args(table)[1] if table is not None else settings().get(key)
 
 
 def _walk(cls: type, prefix: str) -> Iterator[tuple[str, Any]]:
@@ -272,7 +356,7 @@ def _unknown_settings(cfg: DictConfig) -> list[str]:
             key = f"{prefix}{name}"
             if key in _sections():
                 look(node[name], f"{key}.")
-            elif key not in _settings():
+            elif key not in settings():
                 unknown.append(key)
 
     look(cfg, "")

@@ -26,6 +26,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from launch.mixture_file import with_mixture_files
 from launch.pretrain import refuse
 from launch.schema import CONF, CompositionError, explain, register, to_pretrain_config
 from parallel.config import ConfigError
@@ -41,7 +42,8 @@ class VerifySettings:
 
 def main() -> None:
     try:
-        settings, sys.argv[1:] = own_settings(sys.argv[1:])
+        settings, words = own_settings(sys.argv[1:])
+        sys.argv[1:] = with_mixture_files(words)
         if int(os.environ.get("WORLD_SIZE") or 1) > 1:
             raise ConfigError(
                 f"WORLD_SIZE={os.environ['WORLD_SIZE']}: launch/verify.py starts its processes "

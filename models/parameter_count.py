@@ -6,10 +6,11 @@ Imports neither torch nor megatron-core. `h` is hidden_size, `a` the width of al
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from models.config import Activation, LayerNormPlacement, ModelConfig, Normalization
 from models.moe_config import RouterType
+from parallel.config import RecomputeGranularity
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +56,7 @@ def parameter_count(config: ModelConfig, vocab_size: int | None = None) -> Param
     `vocab_size` is the tokenizer's, before padding; None takes `config.vocab_size`. Raises
     ValueError where both are None.
     """
-    return _count(config, _padded_rows(config, vocab_size))
+    return _count(config, padded_rows(config, vocab_size))
 
 
 def parameters_on_rank(
@@ -68,8 +69,8 @@ def parameters_on_rank(
     virtual_pipeline_model_parallel_size: int = 1,
     expert_model_parallel_size: int = 1,
     expert_tensor_parallel_size: int = 1,
-) -> int:
-    """Parameters that one rank holds.
+) -> ParameterCount:
+    """Parameters that one rank holds, by what they are for.
 
     Every tensor-parallel rank of a stage holds as many. Split over them are the embedding, the
     weights of all dense linear layers, the biases of the column-parallel ones (linear_qkv,
@@ -79,32 +80,36 @@ def parameters_on_rank(
     it where there is more than one stage. The sizes must divide what they split, as
     `pretrain.config.validate` checks.
     """
-    rows = _padded_rows(config, vocab_size)
-    stages, virtual = pipeline_model_parallel_size, virtual_pipeline_model_parallel_size
-    chunk = config.num_layers // (stages * virtual)
+    rows = padded_rows(config, vocab_size)
+    stages = pipeline_model_parallel_size
     first, last = pipeline_rank == 0, pipeline_rank == stages - 1
-    layers = [
-        layer
-        for layer in range(config.num_layers)
-        if layer // chunk % stages == pipeline_rank  # interleaved: every stages-th chunk
-    ]
+    chunks = layers_of_stage(
+        config, pipeline_rank, stages=stages, chunks=virtual_pipeline_model_parallel_size
+    )
     shard = _count(
         config,
         rows,
-        layers=layers,
+        layers=[layer for chunk in chunks for layer in chunk],
         tensor_parallel_size=tensor_model_parallel_size,
         expert_ranks=expert_model_parallel_size * expert_tensor_parallel_size,
     )
-    parameters = shard.non_embedding
-    if first:
-        parameters += shard.embedding
-    if last:
-        parameters += shard.output_layer
-    else:
-        parameters -= _final_norm(config)
-    if last and not first and config.share_embeddings_and_output_weights:
-        parameters += shard.embedding
-    return parameters
+    has_embedding = first or (last and config.share_embeddings_and_output_weights)
+    return replace(
+        shard,
+        embedding=shard.embedding if has_embedding else 0,
+        output_layer=shard.output_layer if last else 0,
+        norms=shard.norms if last else shard.norms - _final_norm(config),
+    )
+
+
+def layers_of_stage(
+    config: ModelConfig, pipeline_rank: int, *, stages: int, chunks: int = 1
+) -> list[list[int]]:
+    """The layers, counted from 0, of each model chunk of a pipeline stage: with several chunks
+    (interleaved) every `stages`-th piece of the model."""
+    size = config.num_layers // (stages * chunks)
+    starts = [(chunk * stages + pipeline_rank) * size for chunk in range(chunks)]
+    return [list(range(start, start + size)) for start in starts]
 
 
 def flops_per_token(
@@ -128,19 +133,71 @@ def flops_per_token(
     A token counts as seeing all `seq_length` keys, as PaLM has it; with `causal`, the
     (seq_length + 1) / 2 that it sees on average. `vocab_size` as in `parameter_count`.
     """
-    rows = _padded_rows(config, vocab_size)
-    count = _count(config, rows)
-    weights = count.attention + count.feed_forward - count.biases + rows * config.hidden_size
-    weights += count.routers + len(_sparse(config)) * config.moe.router_topk * _expert_weights(
-        config
-    )
-    keys_twice = seq_length + 1 if causal else 2 * seq_length
-    heads_width = config.num_attention_heads * config.head_width
-    forward = 2 * weights + 2 * config.num_layers * heads_width * keys_twice
+    rows = padded_rows(config, vocab_size)
+    weights = _layer_weights(config) + rows * config.hidden_size
+    forward = 2 * weights + _attention_flops(config, seq_length, causal)
     return forward if forward_only else 3 * forward
 
 
-def _padded_rows(config: ModelConfig, vocab_size: int | None) -> int:
+def hardware_flops_per_token(
+    config: ModelConfig,
+    seq_length: int,
+    vocab_size: int | None = None,
+    *,
+    recompute: RecomputeGranularity = RecomputeGranularity.none,
+    causal: bool = False,
+) -> int:
+    """`flops_per_token` and what recomputation does again: what *hardware* FLOPs utilisation counts
+    (PaLM, arXiv 2204.02311, section 4.1).
+
+    full: every layer's forward pass once more, but neither embedding nor output layer. selective:
+    the scores and their sum over values. The scores that flash kernels evaluate again in every
+    backward pass are not counted, as they are not where a kernel keeps them.
+    """
+    attention = _attention_flops(config, seq_length, causal)
+    again = {
+        RecomputeGranularity.none: 0,
+        RecomputeGranularity.selective: attention,
+        RecomputeGranularity.full: 2 * _layer_weights(config) + attention,
+    }[recompute]
+    return flops_per_token(config, seq_length, vocab_size, causal=causal) + again
+
+
+def flops_per_step(
+    config: ModelConfig,
+    seq_length: int,
+    global_batch_size: int,
+    vocab_size: int | None = None,
+    *,
+    recompute: RecomputeGranularity = RecomputeGranularity.none,
+    causal: bool = False,
+) -> int:
+    """`hardware_flops_per_token` of all tokens of an optimizer step, on all devices together."""
+    tokens = seq_length * global_batch_size
+    return tokens * hardware_flops_per_token(
+        config, seq_length, vocab_size, recompute=recompute, causal=causal
+    )
+
+
+def _layer_weights(config: ModelConfig) -> int:
+    """Weights of all layers that one token is multiplied with."""
+    count = _count(config, 0)
+    experts = len(_sparse(config)) * config.moe.router_topk * _expert_weights(config)
+    return count.attention + count.feed_forward - count.biases + count.routers + experts
+
+
+def _attention_flops(config: ModelConfig, seq_length: int, causal: bool) -> int:
+    """Of the scores and their sum over values, forward, for one token."""
+    keys_twice = seq_length + 1 if causal else 2 * seq_length
+    heads_width = config.num_attention_heads * config.head_width
+    return 2 * config.num_layers * heads_width * keys_twice
+
+
+def padded_rows(config: ModelConfig, vocab_size: int | None) -> int:
+    """Rows of the embedding of a tokenizer with `vocab_size` ids; None takes `config.vocab_size`.
+
+    Raises ValueError where both are None.
+    """
     if vocab_size is None:
         vocab_size = config.vocab_size
     if vocab_size is None:

@@ -1,17 +1,22 @@
-"""Optional accelerator packages: which are here, in which version, and what they would bring.
+"""Optional accelerator packages: which are here, what each is used for, and how to get it.
 
 None of them is required, and none is imported to find out: only their files and metadata are
 looked at, so that asking costs milliseconds and cannot fail on a broken CUDA build. Imports
-neither torch nor megatron-core.
+neither torch nor megatron-core; parallel/fast_paths.py says what a process really uses.
+
+docs/accelerators.md is made of the tables here: `python -m parallel.accelerators`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import ast
+from dataclasses import dataclass, field
 from importlib import metadata
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import find_spec
 from pathlib import Path
+
+from parallel.fast_paths import FAST_PATHS
 
 
 class ApexTrap(ImportError):
@@ -25,17 +30,25 @@ class Accelerator:
     name: str  # the name it is imported by
     found: bool
     version: str | None  # None: not found, or installed without metadata
-    brings: str  # what it speeds up or adds
+    used_for: str  # what runs through it where it is found; empty: it is reported and not used
+    not_used_for: str  # what it also has, and what does that work here
     how_to_get: str
+    compiled: dict[str, bool] = field(default_factory=dict)  # its extensions: whether built
     problem: str | None = None  # why something of that name is here and still not usable
 
     def describe(self) -> str:
         """One line for the log."""
         if self.problem:
             return f"{self.name}: unusable, {self.problem}"
-        if self.found:
-            return f"{self.name}: {self.version or 'version unknown'} ({self.brings})"
-        return f"{self.name}: not here; would bring {self.brings}; {self.how_to_get}"
+        if not self.found:
+            wanted = (
+                f"would do {self.used_for}" if self.used_for else f"not used: {self.not_used_for}"
+            )
+            return f"{self.name}: not here; {wanted}; {self.how_to_get}"
+        wanted = f"does {self.used_for}" if self.used_for else f"not used: {self.not_used_for}"
+        missing = [name for name, built in self.compiled.items() if not built]
+        built = f"; without its compiled {', '.join(missing)}" if missing else ""
+        return f"{self.name}: {self.version or 'version unknown'} ({wanted}{built})"
 
 
 @dataclass(frozen=True)
@@ -43,8 +56,10 @@ class _Known:
     name: str
     distribution: str
     parts: tuple[str, ...]  # modules that must be there for it to be the real thing
-    brings: str
+    used_for: str
+    not_used_for: str
     how_to_get: str
+    extensions: tuple[str, ...] = ()  # of which some may be there and some not
 
 
 _KNOWN = (
@@ -52,37 +67,46 @@ _KNOWN = (
         "apex",
         "apex",
         ("apex.optimizers", "amp_C"),
-        "NVIDIA's fused Adam, fused LayerNorm and fused gradient norm on CUDA",
+        "AdamW, gradient norm and clipping where Transformer Engine is not here, and weight"
+        " gradients of megatron-core's linear layers",
+        "its LayerNorm: the norms are torch's",
         "build it from https://github.com/NVIDIA/apex with --cpp_ext and --cuda_ext;"
         " `pip install apex` installs something else",
+        ("fused_weight_gradient_mlp_cuda",),
     ),
     _Known(
         "transformer_engine",
         "transformer_engine",
         ("transformer_engine.pytorch",),
-        "fused and FP8 layers on CUDA",
+        "AdamW, gradient norm and clipping, and the splitting of queries, keys and values",
+        "its layers, its attention and FP8: layers are megatron-core's plain ones and ours",
         "pip install 'transformer_engine[pytorch]'",
     ),
     _Known(
         "flash_attn",
         "flash_attn",
         ("flash_attn.flash_attn_interface",),
-        "FlashAttention kernels beyond those in torch",
+        "",
+        "attention is torch's, which has flash kernels of its own",
         "pip install flash-attn --no-build-isolation",
     ),
     _Known(
         "triton",
         "triton",
         ("triton.language",),
-        "torch.compile on CUDA",
+        "",
+        "nothing here is compiled with torch.compile",
         "comes with torch's CUDA builds for Linux",
     ),
     _Known(
         "deepspeed",
         "deepspeed",
         ("deepspeed.runtime",),
-        "ZeRO with CPU offload",
-        "pip install deepspeed",
+        "the reduction of gradients and the optimizer, sharded or in host memory, under"
+        " engine=deepspeed",
+        "engine=megatron",
+        "pip install 'magnetron[deepspeed]'",
+        ("fused_adam", "cpu_adam"),
     ),
 )
 
@@ -111,20 +135,47 @@ def check_apex() -> None:
 
 def _find(known: _Known) -> Accelerator:
     problem = None
+    compiled = {}
     if present := _spec(known.name) is not None:
         absent = [part for part in known.parts if _spec(part) is None]
         if known.name == "apex" and "apex.optimizers" in absent:
             problem = _apex_problem()
         elif absent:
             problem = f"{' and '.join(absent)} missing from it: {known.how_to_get}"
+        else:
+            compiled = _extensions(known)
     return Accelerator(
         name=known.name,
         found=present and problem is None,
         version=_version(known.distribution) if present else None,
-        brings=known.brings,
+        used_for=known.used_for,
+        not_used_for=known.not_used_for,
         how_to_get=known.how_to_get,
+        compiled=compiled,
         problem=problem,
     )
+
+
+def _extensions(known: _Known) -> dict[str, bool]:
+    """Which of the package's extensions were compiled when it was installed."""
+    if known.name == "deepspeed":
+        built = _deepspeed_ops()
+        return {name: built.get(name, False) for name in known.extensions}
+    return {name: _spec(name) is not None for name in known.extensions}
+
+
+def _deepspeed_ops() -> dict[str, bool]:
+    """What DeepSpeed wrote down when it was installed; empty where it cannot be read. What is not
+    built ahead is compiled at the first start that uses it, where there is a compiler."""
+    spec = _spec("deepspeed.git_version_info_installed")
+    if spec is None or spec.origin is None:
+        return {}
+    for statement in ast.parse(Path(spec.origin).read_text(encoding="utf-8")).body:
+        if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == (
+            "installed_ops"
+        ):
+            return dict(ast.literal_eval(statement.value))
+    return {}
 
 
 def _apex_problem() -> str:
@@ -153,3 +204,56 @@ def _version(distribution: str) -> str | None:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return None
+
+
+def markdown() -> str:
+    """docs/accelerators.md."""
+    lines = [
+        "# Accelerators",
+        "",
+        "Made by `python -m parallel.accelerators > docs/accelerators.md`; edit",
+        "`parallel/accelerators.py`.",
+        "",
+        "Everything runs on plain torch. Some optional packages are used where they are installed;",
+        "a run's log says which, and what the others would do. They are found without importing",
+        "them, and none changes a result by more than rounding. No speed is claimed for any of",
+        "them: none has been measured in this project.",
+        "",
+        "## Who does what",
+        "",
+        "The first that is there is used.",
+        "",
+        "| work | on a GPU | on a CPU |",
+        "|---|---|---|",
+    ]
+    for path in FAST_PATHS.values():
+        lines.append(f"| {path.work} | {_choices(path.on_gpu)} | {_choices(path.on_cpu)} |")
+    lines += [
+        "",
+        "## The packages",
+        "",
+        "| package | what it does here | what it is not used for | how to get it |",
+        "|---|---|---|---|",
+    ]
+    for known in _KNOWN:
+        used = known.used_for or "reported, not used"
+        if known.extensions:
+            used += f" (compiled: {', '.join(f'`{name}`' for name in known.extensions)})"
+        lines.append(f"| `{known.name}` | {used} | {known.not_used_for} | {known.how_to_get} |")
+    lines += [
+        "",
+        "`pip install apex` installs an unrelated package of that name. megatron-core would take",
+        "it for NVIDIA's and fail far from the cause, so a run refuses to start beside it.",
+        "",
+        "DeepSpeed's operations are compiled when it is installed (`DS_BUILD_OPS=1`) or at the",
+        "first start that uses them; the log names those that were not built ahead.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _choices(choices: dict[str, str]) -> str:
+    return "; ".join(f"{who}: {how}" for who, how in choices.items())
+
+
+if __name__ == "__main__":
+    print(markdown(), end="")

@@ -13,17 +13,16 @@ import platform
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from torch.distributed.checkpoint import DefaultLoadPlanner
 from torch.distributed.checkpoint.api import CheckpointException
 
 from parallel import failure_watch, optimizer_state
-from parallel.checkpoint_manifest import read_manifest, verify
+from parallel.checkpoint_load import reading_directly
+from parallel.checkpoint_manifest import Entry, read_manifest, verify
 from parallel.checkpoint_reader import CheckpointReader
 from parallel.checkpoint_save import (
     FORMAT_NAME,
@@ -41,7 +40,6 @@ from parallel.megatron import (
     ShardedTensorFactory,
     dist_checkpointing,
 )
-from parallel.progress_beacon import beacon
 
 PARTIAL_SUFFIX = ".partial"
 
@@ -115,13 +113,20 @@ def start_save(
     return PendingSave(shards, folder, token, when_published, may_publish)
 
 
-def load(state: dict[str, Any], folder: Path, *, weights_only: bool = False) -> dict[str, Any]:
+def load(
+    state: dict[str, Any],
+    folder: Path,
+    *,
+    weights_only: bool = False,
+    search: DamageSearch | None = None,
+) -> dict[str, Any]:
     """Fill `state`'s sharded tensors from `folder`, in place; returns it with the plain values.
 
     All ranks must call it; `state` may have another layout than what was saved. Each tensor stored
     must be wanted by some rank, and each one wanted be stored; with `weights_only` the optimizer's
     are left unread. Between parallel.precision=fp32 and bf16 masters stand in for weights and the
-    other way round (`optimizer_state.resolve_masters`).
+    other way round (`optimizer_state.resolve_masters`). `search` is begun, and need not read what
+    is read here.
 
     Raises:
         CheckpointError: on every rank alike: the folder is missing or incomplete, or cannot be
@@ -143,27 +148,12 @@ def load(state: dict[str, Any], folder: Path, *, weights_only: bool = False) -> 
             + "\n".join(differences)
             + "\nUse the settings it was saved with: the model, and what of it is trained."
         )
-    with _reading_is_getting_on():
-        return _on_every_rank(lambda: _read(state, folder, sources), f"read {folder}")
+    return _on_every_rank(lambda: _read(state, folder, sources, search), f"read {folder}")
 
 
-@contextmanager
-def _reading_is_getting_on() -> Iterator[None]:
-    """Tell the beacon of each tensor that was read: for minutes nothing else gets on."""
-    original = DefaultLoadPlanner.commit_tensor
-
-    def commit(planner: DefaultLoadPlanner, *arguments: Any) -> None:
-        beacon.tick()
-        original(planner, *arguments)
-
-    DefaultLoadPlanner.commit_tensor = commit  # type: ignore[assignment, method-assign]
-    try:
-        yield
-    finally:
-        DefaultLoadPlanner.commit_tensor = original  # type: ignore[method-assign]
-
-
-def _read(state: dict[str, Any], folder: Path, sources: dict[str, str]) -> dict[str, Any]:
+def _read(
+    state: dict[str, Any], folder: Path, sources: dict[str, str], search: DamageSearch | None
+) -> dict[str, Any]:
     """Fill `state`, each tensor from the stored one that `sources` names, or its namesake."""
     # a master read from a weight comes second: one call wants one type for each stored tensor
     masters = {name: sources[name] for name in sources if optimizer_state.is_master(name)}
@@ -171,14 +161,16 @@ def _read(state: dict[str, Any], folder: Path, sources: dict[str, str]) -> dict[
     def first(entry: Any) -> Any:
         return None if _name(entry) in masters else optimizer_state.renamed(entry, sources)
 
-    loaded = dist_checkpointing.load(optimizer_state.mapped(state, first), str(folder))
+    with reading_directly(folder, search):
+        loaded = dist_checkpointing.load(optimizer_state.mapped(state, first), str(folder))
     if masters:
         second = [entry for entry in optimizer_state.leaves(state) if _name(entry) in masters]
         tensors = {
             str(index): optimizer_state.renamed(entry, masters)
             for index, entry in enumerate(second)
         }
-        dist_checkpointing.load(tensors, str(folder))
+        with reading_directly(folder):
+            dist_checkpointing.load(tensors, str(folder))
     return loaded
 
 
@@ -263,21 +255,45 @@ def damage(folder: Path) -> list[str]:
 
 
 class DamageSearch:
-    """Compares the content of a checkpoint's tensors in a thread of each rank, while they are
-    loaded: what one of the two has read the other finds in the page cache.
+    """Compares the content of a checkpoint's tensors with its manifest while they are loaded.
 
-    A rank's share is what it will probably load, the files written by the rank of its number.
+    A rank's share is what it will probably load, the files written by the rank of its number. Of
+    those that it loads as a whole `load` takes the checksum; a thread reads the others meanwhile.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._mine = Background(lambda: _damaged_tensors(folder))
+        self._loaders: set[str] = set()
+        self._found: dict[str, Entry] = {}  # by `load`
+        self._others: Background[list[str]] | None = None
+
+    def leave_to_loader(self, names: set[str]) -> set[str]:
+        """Begin with all but those of `names` that are of this rank's share, and return these."""
+        if self._others is None:
+            self._loaders = names & _share(self._folder)
+            self._begin()
+        return self._loaders
+
+    def found(self, name: str, entry: Entry) -> None:
+        """What the loader has read."""
+        self._found[name] = entry
 
     def result(self) -> list[str]:
         """As `damage`, when all is compared. All ranks must call it."""
         return _confirmed(
-            self._folder, _on_every_rank(self._mine.result, f"verify {self._folder}", watched=False)
+            self._folder, _on_every_rank(self._damaged, f"verify {self._folder}", watched=False)
         )
+
+    def _begin(self) -> Background[list[str]]:
+        names = _share(self._folder) - self._loaders
+        self._others = Background(lambda: _damaged(self._folder, names))
+        return self._others
+
+    def _damaged(self) -> list[str]:
+        others = self._others or self._begin()
+        # what the loader left out, because it failed, is read now
+        loaders = Background(lambda: _damaged(self._folder, self._loaders, self._found))
+        return [*others.result(), *loaders.result()]
 
 
 def _confirmed(folder: Path, mine: list[str]) -> list[str]:
@@ -329,11 +345,15 @@ def _seen_at_once(folder: Path) -> list[str]:
     return verify(folder, names=small, unreadable_is_damage=False)
 
 
-def _damaged_tensors(folder: Path) -> list[str]:
+def _share(folder: Path) -> set[str]:
+    """Names of the files with tensors that this rank compares."""
     size, rank = dist.get_world_size(), dist.get_rank()
-    names = [path.name for path in folder.glob(f"*{TENSORS_SUFFIX}")]
-    mine = [name for name in names if _writer_of(name) % size == rank]
-    return verify(folder, names=mine, unreadable_is_damage=False)
+    names = {path.name for path in folder.glob(f"*{TENSORS_SUFFIX}")}
+    return {name for name in names if _writer_of(name) % size == rank}
+
+
+def _damaged(folder: Path, names: set[str], known: dict[str, Entry] | None = None) -> list[str]:
+    return verify(folder, names=names, known=known, unreadable_is_damage=False)
 
 
 def _writer_of(name: str) -> int:

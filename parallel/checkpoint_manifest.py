@@ -105,7 +105,7 @@ class ChecksummedFile:
             self._file.close()
         except OSError as error:
             raise self._named(error) from error
-        return _entry(self._bytes, self._checksum)
+        return entry_of(self._bytes, self._checksum)
 
     def _sync(self) -> None:
         try:
@@ -187,6 +187,7 @@ def verify(
     *,
     checksums: bool = True,
     names: Collection[str] | None = None,
+    known: Mapping[str, Entry] | None = None,
     unreadable_is_damage: bool = True,
 ) -> list[str]:
     """What is wrong with the files of `folder`: one line for each problem, empty when sound.
@@ -196,6 +197,7 @@ def verify(
     Args:
         checksums: also read every file and compare its checksum, where the manifest has them.
         names: only these files (a rank's share); None: all.
+        known: what somebody has already found by reading files; these are not read again.
         unreadable_is_damage: False: raise where a file is there and cannot be read; that may be
             the fault of this host.
 
@@ -219,7 +221,8 @@ def verify(
     }
 
     def problem(name: str) -> str | None:
-        return _problem(folder / name, name, files[name], compare, unreadable_is_damage)
+        taken = (known or {}).get(name)
+        return _problem(folder / name, name, files[name], compare, unreadable_is_damage, taken)
 
     threads = min(_THREADS, max(1, len(os.sched_getaffinity(0))))
     return [line for line in in_threads(problem, files, threads) if line]
@@ -264,7 +267,7 @@ def in_threads(
 def file_entry(path: Path, *, checksums: bool = True) -> Entry:
     """The entry of a file that lies there."""
     if not checksums:
-        return _entry(path.stat().st_size, None)
+        return entry_of(path.stat().st_size, None)
     size, checksum = 0, 0
     block = memoryview(bytearray(_BLOCK_BYTES))
     with open(path, "rb", buffering=0) as file:
@@ -272,21 +275,27 @@ def file_entry(path: Path, *, checksums: bool = True) -> Entry:
             checksum = zlib.crc32(block[:count], checksum)
             size += count
             Progress.bytes += count
-    return _entry(size, checksum)
+    return entry_of(size, checksum)
 
 
-def _entry(size: int, checksum: int | None) -> Entry:
+def entry_of(size: int, checksum: int | None) -> Entry:
+    """What the manifest says of a file of that size and CRC-32."""
     return {"bytes": size} if checksum is None else {"bytes": size, "checksum": f"{checksum:08x}"}
 
 
 def _problem(
-    path: Path, name: str, expected: Entry, checksums: bool, unreadable_is_damage: bool
+    path: Path,
+    name: str,
+    expected: Entry,
+    checksums: bool,
+    unreadable_is_damage: bool,
+    taken: Entry | None,
 ) -> str | None:
     try:
         size = path.stat().st_size
         if size != expected["bytes"]:
             return f"{name} has {size} bytes instead of {expected['bytes']}"
-        found = file_entry(path) if checksums else expected
+        found = taken or file_entry(path) if checksums else expected
     except FileNotFoundError:
         return f"{name} is missing"
     except OSError as error:

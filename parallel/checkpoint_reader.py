@@ -18,6 +18,9 @@ import json
 import math
 import os
 import re
+import struct
+import sys
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -50,6 +53,15 @@ class Piece:
     file: str
     start: int
     length: int
+
+
+@dataclass(frozen=True)
+class Values:
+    """Where a piece's numbers lie in its file, one after the other, the last axis fastest."""
+
+    first: int  # byte
+    shape: tuple[int, ...]
+    dtype: str  # torch's name without "torch."
 
 
 @dataclass(frozen=True)
@@ -234,6 +246,24 @@ class CheckpointReader:
             )
         return tensor.detach()
 
+    def values(self, piece: Piece) -> Values | None:
+        """Where the values of a tensor's piece lie, without reading them; None where they do not
+        lie there as they are in memory, or are not known to.
+
+        Raises UnsafePickleError and CheckpointFormatError as the properties.
+        """
+        where = f"{self.folder / piece.file}, byte {piece.start},"
+        try:
+            with (
+                self._open(piece, buffer_bytes=1 << 12) as file,
+                zipfile.ZipFile(file) as archive,
+            ):
+                return _values(archive, where, piece)
+        except (safe_pickle.UnsafePickleError, OSError):
+            raise
+        except Exception as error:  # what is in a damaged archive may be anything
+            raise CheckpointFormatError(f"{where} is damaged: {error}") from error
+
     def read_object(self, name: str) -> bytes:
         """The bytes of a sharded value that is no tensor, as they were written.
 
@@ -250,12 +280,12 @@ class CheckpointReader:
             raise CheckpointFormatError(str(error)) from error
         return content
 
-    def _open(self, piece: Piece) -> io.BufferedReader:
+    def _open(self, piece: Piece, buffer_bytes: int = 1 << 16) -> io.BufferedReader:
         path = self.folder / piece.file
         # names come from the index, which may be anybody's: nothing outside of the folder is read
         if path.parent != self.folder or not path.is_file():
             raise CheckpointFormatError(f"{self.folder}: {piece.file} is missing")
-        return io.BufferedReader(_FilePart(path, piece.start, piece.length), 1 << 16)
+        return io.BufferedReader(_FilePart(path, piece.start, piece.length), buffer_bytes)
 
     def _must_exist(self, name: str) -> None:
         if not (self.folder / name).is_file():
@@ -407,6 +437,60 @@ def _chunks(entry: Record) -> list[Any]:
 
 def _dtype(entry: Record) -> str:
     return entry.state["properties"].state[0]
+
+
+def _values(archive: zipfile.ZipFile, where: str, piece: Piece) -> Values | None:
+    """Of what torch.save wrote there, if that is one whole tensor as `parallel.checkpoint_save`
+    writes it."""
+    entries = {entry.filename.partition("/")[2]: entry for entry in archive.infolist()}
+    wanted = [entries.get(name) for name in ("data.pkl", "byteorder", "data/0")]
+    if any(entry is None or entry.compress_type != zipfile.ZIP_STORED for entry in wanted):
+        return None
+    pickled, order, storage = (entry for entry in wanted if entry is not None)
+    if _content(archive, order) != sys.byteorder.encode():
+        return None
+    content = io.BytesIO(_content(archive, pickled))
+    shape, dtype = _shape_and_type(safe_pickle.load(content, where, safe_pickle.SAVED))
+    if dtype is None or storage.file_size != math.prod(shape) * DTYPE_BYTES[dtype]:
+        return None
+    first = _first_byte(archive, storage)
+    if first + storage.file_size > piece.length:
+        return None
+    return Values(piece.start + first, shape, dtype)
+
+
+def _shape_and_type(saved: Any) -> tuple[tuple[int, ...], str | None]:
+    """Of a tensor that fills its storage row by row; the type of anything else is None."""
+    if not isinstance(saved, Record) or saved.name != "torch._utils._rebuild_tensor_v2":
+        return (), None
+    (_, storage, *_), first, shape, stride = saved.args[:4]
+    dense = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    by_row = all(n == 1 or a == b for n, a, b in zip(shape, stride, dense, strict=True))
+    return tuple(shape), _STORAGE_TYPES.get(storage.name) if first == 0 and by_row else None
+
+
+def _content(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
+    """Not archive.read: the checksums in these archives are left out."""
+    first = _first_byte(archive, entry)
+    assert archive.fp is not None
+    archive.fp.seek(first)
+    return archive.fp.read(entry.file_size)
+
+
+def _first_byte(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> int:
+    """Where its content begins: behind a header whose length stands in it."""
+    assert archive.fp is not None
+    archive.fp.seek(entry.header_offset + 26)
+    name, extra = struct.unpack("<HH", archive.fp.read(4))
+    return entry.header_offset + 30 + name + extra
+
+
+# safe_pickle's names of storages
+_STORAGE_TYPES = {
+    **{"Double": "float64", "Float": "float32", "BFloat16": "bfloat16", "Half": "float16"},
+    **{"Long": "int64", "Int": "int32", "Short": "int16", "Char": "int8", "Byte": "uint8"},
+    "Bool": "bool",
+}
 
 
 def _intersection(one: Box, other: Box) -> Box | None:

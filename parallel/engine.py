@@ -1,8 +1,8 @@
 """The engine: forward and backward over micro-batches, gradient reduction, one optimizer step.
 
-`Engine` is what the training loop needs of any engine; `MegatronEngine` does it with
-megatron-core's schedules (plain, 1F1B, interleaved 1F1B), gradient buffers, gradient
-finalisation, clipping and distributed optimizer (ZeRO-1).
+`Engine` is what a run needs of any engine; `MegatronEngine` does it with megatron-core's schedules
+(plain, 1F1B, interleaved 1F1B), gradient buffers, gradient finalisation, clipping and distributed
+optimizer (ZeRO-1). The other one is in `parallel.deepspeed_engine`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -52,9 +53,29 @@ class StepResult:
     applied: bool  # False: the update was skipped, for gradients that are not finite or on request
 
 
+@dataclass(frozen=True)
+class Counted:
+    """What a rank adds to norms: each weight once among the ranks of `group`, as far as they hold
+    it. The three lists go together, an entry for each parameter or part of one."""
+
+    group: Any  # a process group; None: all ranks
+    parameters: list[torch.Tensor]  # the model's
+    gradients: list[torch.Tensor]
+    weights: list[torch.Tensor]  # what is updated: the weight, its master, or this rank's share
+
+
 class Engine(Protocol):
+    runtime: Runtime
+    # called by every step, on all ranks, when its gradients are complete and not yet clipped
+    before_clipping: Callable[[], None] | None
+
     @property
-    def chunks(self) -> Sequence[torch.nn.Module]: ...
+    def chunks(self) -> Sequence[Any]: ...
+
+    @property
+    def has_frozen_parameters(self) -> bool: ...
+
+    def seed_random_numbers(self, seed: int, step: int) -> None: ...
 
     def forward_backward(
         self,
@@ -68,12 +89,63 @@ class Engine(Protocol):
 
     def step(self, learning_rate: float, accept: Accept | None = None) -> StepResult: ...
 
-    def sharded_state_dict(self, *, is_loading: bool = False) -> dict[str, Any]: ...
+    def sharded_state_dict(
+        self, *, is_loading: bool = False, weights_only: bool = False
+    ) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
+    def counted(self) -> Iterator[Counted]: ...
 
-class MegatronEngine:
+    def stage_calls(self) -> list[tuple[Any, str, str]]: ...
+
+
+class ModelEngine:
+    """What engines have in common. `chunks` hold the model's in `.module`."""
+
+    def __init__(self, chunks: Sequence[Any], parallel: ParallelConfig, runtime: Runtime) -> None:
+        self.chunks = chunks
+        self.parallel = parallel
+        self.runtime = runtime
+        self.before_clipping: Callable[[], None] | None = None
+        config = chunks[0].module.config
+        self._draws_random_numbers = bool(
+            config.hidden_dropout
+            or config.attention_dropout
+            or any(module.draws for module in self._modules_with("draws"))
+        )
+
+    def seed_random_numbers(self, seed: int, step: int) -> None:
+        """Make a step's dropout masks, and the draws of routers that sample, a function of
+        (seed, step, this rank's place along every axis).
+
+        A resumed run repeats those of an uninterrupted one without any random state being saved.
+        Other layouts draw others. Does nothing in a model that draws nothing.
+        """
+        if not self._draws_random_numbers:
+            return
+        runtime = self.runtime
+        place: tuple[int, ...] = (runtime.pipeline_parallel_rank, runtime.data_parallel_rank)
+        if runtime.context_parallel_size > 1:
+            place += (runtime.context_parallel_rank,)
+        text = f"dropout:{seed}:{step}:{place}".encode()
+        key = int.from_bytes(hashlib.blake2b(text, digest_size=4).digest(), "little")
+        torch.manual_seed(key)
+        # tensor-parallel ranks share the seed above (they hold the same activations) and differ in
+        # megatron-core's tracker, which sharded activations draw from
+        tensor_parallel.model_parallel_cuda_manual_seed(key)
+
+    @property
+    def has_frozen_parameters(self) -> bool:
+        """Whether this rank holds parameters that no optimizer knows."""
+        return any(not p.requires_grad for chunk in self.chunks for p in chunk.parameters())
+
+    def _modules_with(self, method: str) -> Iterator[Any]:
+        for chunk in self.chunks:
+            yield from (module for module in chunk.modules() if hasattr(module, method))
+
+
+class MegatronEngine(ModelEngine):
     """megatron-core's training machinery around the model chunks of this rank.
 
     All ranks must construct it and call its methods in the same order.
@@ -95,10 +167,6 @@ class MegatronEngine:
         adam.register()
         adam.register_multi_tensor_kernels()
         skip_collectives_of_one_rank()
-        self.runtime = runtime
-        self.parallel = parallel
-        # called by every step, on all ranks, when its gradients are complete and not yet clipped
-        self.before_clipping: Callable[[], None] | None = None
         config = chunks[0].config
         ddp_config = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
@@ -107,11 +175,12 @@ class MegatronEngine:
             use_distributed_optimizer=parallel.use_distributed_optimizer,
             average_in_collective=False,
         )
-        self.chunks = [
+        wrapped = [
             # buckets beyond the first chunk would only delay the reduction they overlap with
             DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=index > 0)
             for index, chunk in enumerate(chunks)
         ]
+        super().__init__(wrapped, parallel, runtime)
         self.optimizer = get_megatron_optimizer(
             MegatronOptimizerConfig(
                 optimizer="adam",
@@ -135,11 +204,6 @@ class MegatronEngine:
             # norms would decay like everything else
             group["weight_decay"] = optimizer.weight_decay * group.get("wd_mult", 1.0)
         self._set_schedule_hooks(config)
-        self._draws_random_numbers = bool(
-            config.hidden_dropout
-            or config.attention_dropout
-            or any(module.draws for module in self._modules_with("draws"))
-        )
 
     def _set_schedule_hooks(self, config: Any) -> None:
         config.finalize_model_grads_func = finalize_model_grads
@@ -190,26 +254,6 @@ class MegatronEngine:
                 forward_only=forward_only,
             )
 
-    def seed_random_numbers(self, seed: int, step: int) -> None:
-        """Make a step's dropout masks, and the draws of routers that sample, a function of
-        (seed, step, this rank's place along every axis).
-
-        A resumed run repeats those of an uninterrupted one without any random state being saved.
-        Other layouts draw others. Does nothing in a model that draws nothing.
-        """
-        if not self._draws_random_numbers:
-            return
-        runtime = self.runtime
-        place: tuple[int, ...] = (runtime.pipeline_parallel_rank, runtime.data_parallel_rank)
-        if runtime.context_parallel_size > 1:
-            place += (runtime.context_parallel_rank,)
-        text = f"dropout:{seed}:{step}:{place}".encode()
-        key = int.from_bytes(hashlib.blake2b(text, digest_size=4).digest(), "little")
-        torch.manual_seed(key)
-        # tensor-parallel ranks share the seed above (they hold the same activations) and differ in
-        # megatron-core's tracker, which sharded activations draw from
-        tensor_parallel.model_parallel_cuda_manual_seed(key)
-
     def step(self, learning_rate: float, accept: Accept | None = None) -> StepResult:
         """Clip by the global norm and update, with this learning rate.
 
@@ -241,11 +285,6 @@ class MegatronEngine:
                 module.after_optimizer_step()
         return StepResult(grad_norm, applied)
 
-    @property
-    def has_frozen_parameters(self) -> bool:
-        """Whether this rank holds parameters that no optimizer knows."""
-        return any(not p.requires_grad for chunk in self.chunks for p in chunk.parameters())
-
     def sharded_state_dict(
         self, *, is_loading: bool = False, weights_only: bool = False
     ) -> dict[str, Any]:
@@ -275,10 +314,6 @@ class MegatronEngine:
         for module in self._modules_with("settle"):
             module.settle()
 
-    def _modules_with(self, method: str) -> Iterator[Any]:
-        for chunk in self.chunks:
-            yield from (module for module in chunk.modules() if hasattr(module, method))
-
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `parallel.checkpoint_io.load` filled in; weights alone where there is no
         optimizer state in it, which then stays as it is."""
@@ -290,16 +325,61 @@ class MegatronEngine:
         with torch.no_grad():
             self.optimizer.reload_model_params()
 
+    def counted(self) -> Iterator[Counted]:
+        """What this rank adds to the norms of the step, optimizer by optimizer: each has a group
+        of its own that its norm is summed over. All ranks yield as many.
+
+        Between the reduction of gradients and the update.
+        """
+        for optimizer in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
+            pairs = [] if optimizer.is_stub_optimizer else _counted_once(optimizer)
+            yield Counted(
+                optimizer.get_grad_stats_parallel_group(),
+                [parameter for parameter, _ in pairs],
+                [updated.grad for _, updated in pairs],
+                [updated.detach() for _, updated in pairs],
+            )
+
+    def stage_calls(self) -> list[tuple[Any, str, str]]:
+        """(owner, name, stage) of what a step calls, for `parallel.stage_clock`."""
+        schedules = sys.modules["megatron.core.pipeline_parallel.schedules"]
+        return [
+            (schedules, "forward_step", "forward"),
+            (schedules, "backward_step", "backward"),
+            (self, "forward_backward", "schedule"),
+            (self.chunks[0].config, "finalize_model_grads_func", "gradients"),
+            (self, "step", "optimizer"),
+        ]
+
+
+def _counted_once(optimizer: Any) -> list[tuple[torch.Tensor, Any]]:
+    """(parameter, what is updated for it) of those that the global norm counts on this rank."""
+    return [
+        (parameter, updated)
+        for parameter, updated in optimizer_state.updated_parameters(optimizer)
+        if updated.grad is not None
+        and not getattr(updated, "shared", False)
+        and tensor_parallel.param_is_not_tensor_parallel_duplicate(
+            updated, getattr(optimizer, "tp_group", None)
+        )
+    ]
+
 
 def _without_weight_decay() -> dict[ParamKey, ParamGroupOverride]:
-    """megatron-core's rule (vectors and names in ".bias"), and parameters marked
-    `no_weight_decay`: biases and norms of experts are stacked into matrices."""
+    """`is_spared_weight_decay` in megatron-core's words."""
     key = ParamKey(
         name="*.bias",
         attr="no_weight_decay",
         predicate=ParamPredicate("vector", lambda parameter: parameter.dim() == 1),
     )
     return {key: ParamGroupOverride(wd_mult=0.0)}
+
+
+def is_spared_weight_decay(name: str, parameter: torch.Tensor) -> bool:
+    """megatron-core's rule (vectors and names in ".bias"), and parameters marked
+    `no_weight_decay`: biases and norms of experts are stacked into matrices."""
+    marked = bool(getattr(parameter, "no_weight_decay", False))
+    return marked or name.endswith(".bias") or parameter.dim() == 1
 
 
 def checkpoint_metadata() -> dict[str, Any]:

@@ -159,9 +159,12 @@ class FailureWatch:
         self._known = threading.Event()  # there is a verdict
         self._known_since = 0.0
         self._answered = time.monotonic()  # by the store
+        targets = {"failure watch": self._look}
+        if self._world_size > 1:  # one rank needs nobody, and outlives a store without time for it
+            targets["store watch"] = self._guard
         self._threads = [
             threading.Thread(target=target, daemon=True, name=name)
-            for target, name in ((self._look, "failure watch"), (self._guard, "store watch"))
+            for name, target in targets.items()
         ]
 
     def __enter__(self) -> FailureWatch:

@@ -18,9 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parallel import adam
-from parallel.engine import MegatronEngine
-from parallel.megatron import tensor_parallel
-from parallel.optimizer_state import updated_parameters
+from parallel.engine import Engine
 
 # kind -> what its parameters' names hold; the first match wins
 _KINDS = {
@@ -46,7 +44,7 @@ class NormsByBlock:
     all-reduce for each group the optimizer takes its norm over, and one wait for the device.
     """
 
-    def __init__(self, engine: MegatronEngine, num_layers: int) -> None:
+    def __init__(self, engine: Engine, num_layers: int) -> None:
         self._engine, self._num_layers = engine, num_layers
         self._rows = {
             parameter: (KINDS.index(kind_of(name)), layer)
@@ -73,19 +71,16 @@ class NormsByBlock:
         device = self._engine.runtime.device
         rows = len(KINDS) + self._num_layers + 1  # the last: what lies in no layer
         sums: dict[Any, Tensor] = {}  # of squares: [rows, (gradients, weights)]
-        for optimizer in getattr(
-            self._engine.optimizer, "chained_optimizers", [self._engine.optimizer]
-        ):
-            group = optimizer.get_grad_stats_parallel_group()
+        for counted in self._engine.counted():
+            group = counted.group
             if group not in sums:
                 sums[group] = torch.zeros(rows, 2, dtype=torch.float64, device=device)
-            counted = _counted(optimizer)
-            if not counted:
+            if not counted.parameters:
                 continue
-            gradients = adam.norms([updated.grad for _, updated in counted])
-            weights = adam.norms([updated.detach() for _, updated in counted])
-            squares = torch.stack([gradients, weights], dim=1).double().square()
-            for rows_of in zip(*(self._place(parameter) for parameter, _ in counted), strict=True):
+            gradients, weights = adam.norms(counted.gradients), adam.norms(counted.weights)
+            squares = torch.stack([gradients, weights], dim=1).double().square().to(device)
+            places = (self._place(parameter) for parameter in counted.parameters)
+            for rows_of in zip(*places, strict=True):
                 sums[group].index_add_(0, torch.tensor(rows_of, device=device), squares)
         for group, squared in sums.items():
             dist.all_reduce(squared, group=group)
@@ -123,18 +118,3 @@ def _named_parameters(chunk: Any) -> Iterator[tuple[str, Tensor, int]]:
     }
     for name, parameter in chunk.named_parameters():
         yield name, parameter, layers.get(parameter, 0)
-
-
-def _counted(optimizer: Any) -> list[tuple[Tensor, Any]]:
-    """(parameter, what is updated for it) of those that the global norm counts on this rank."""
-    if optimizer.is_stub_optimizer:  # nothing to train here
-        return []
-    return [
-        (parameter, updated)
-        for parameter, updated in updated_parameters(optimizer)
-        if updated.grad is not None
-        and not getattr(updated, "shared", False)
-        and tensor_parallel.param_is_not_tensor_parallel_duplicate(
-            updated, getattr(optimizer, "tp_group", None)
-        )
-    ]

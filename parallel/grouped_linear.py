@@ -5,8 +5,8 @@ y_i = x_i W_i over the rows of group i, in three forms with one result:
 loop         one matmul a group, into one output. What torch's own kernel does on a CPU, without
              that kernel's limits on strides.
 grouped_mm   torch's kernel for this product on a GPU: one launch, however uneven the groups are.
-padded       groups padded to the largest and one batched matmul, for types and strides the kernel
-             refuses.
+padded       groups padded to the largest and one batched matmul, for devices, types and strides the
+             kernel is not for.
 
 Weight gradients are added group by group into an fp32 buffer: `weight.main_grad`, where
 DistributedDataParallel has made one (parallel.weight_gradient).
@@ -23,6 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from parallel.weight_gradient import accumulate_weight_gradient, gradient_placeholder
+
+# Major compute capabilities that torch has the kernel for: Hopper and data-centre Blackwell.
+GROUPED_KERNEL_GENERATIONS = (9, 10)
 
 
 class Block(NamedTuple):
@@ -55,7 +58,7 @@ def grouped_matmul(
     """
     if x.device.type == "cpu" or len(rows) == 1 or len(x) == 0:
         return matmul_loop(x, weight, rows, out)
-    if _has_grouped_kernel(x, weight):
+    if _takes_grouped_kernel(x, weight):
         y = matmul_grouped_mm(x, weight, rows)
     else:
         y = matmul_padded(x, weight, rows)
@@ -88,9 +91,22 @@ def matmul_padded(x: Tensor, weight: Tensor, rows: Sequence[int]) -> Tensor:
     return torch.cat([product[:count] for product, count in zip(products, rows, strict=True)])
 
 
-def _has_grouped_kernel(x: Tensor, weight: Tensor) -> bool:
-    """torch's CUDA kernel takes bf16, and rows that start on multiples of 16 bytes."""
-    if not hasattr(F, "grouped_mm") or x.dtype != torch.bfloat16:
+def has_grouped_kernel(device: torch.device) -> bool:
+    """Whether torch has one kernel for the product on this GPU: see `GROUPED_KERNEL_GENERATIONS`.
+
+    On others torch (2.10 and later) loops over the groups, and for that makes the host wait for the
+    device to know where they end; earlier versions refuse.
+    """
+    return (
+        hasattr(F, "grouped_mm")
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(device)[0] in GROUPED_KERNEL_GENERATIONS
+    )
+
+
+def _takes_grouped_kernel(x: Tensor, weight: Tensor) -> bool:
+    """The kernel is for bf16, and rows that start on multiples of 16 bytes."""
+    if x.dtype != torch.bfloat16 or not has_grouped_kernel(x.device):
         return False
     steps = [stride for stride in (*x.stride(), *weight.stride()) if stride != 1]
     return all(stride * x.element_size() % 16 == 0 for stride in steps)

@@ -41,6 +41,10 @@ with cpu_bridge.fast_import(), warnings.catch_warnings():
         DistributedDataParallelConfig,
         finalize_model_grads,
     )
+    from megatron.core.distributed.finalize_model_grads import (
+        _update_router_expert_bias as update_router_expert_bias,
+    )
+    from megatron.core.distributed.finalize_model_grads import reset_model_temporary_tensors
     from megatron.core.enums import ModelType
     from megatron.core.models.common.embeddings.language_model_embedding import (
         LanguageModelEmbedding,
@@ -57,7 +61,7 @@ with cpu_bridge.fast_import(), warnings.catch_warnings():
     from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
     from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
     from megatron.core.optimizer_param_scheduler import ParamGroupOverride
-    from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.pipeline_parallel import get_forward_backward_func, schedules
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.tensor_parallel.layers import (
         ColumnParallelLinear,
@@ -172,12 +176,15 @@ __all__ = [
     "parallel_state",
     "reduce_from_tensor_model_parallel_region",
     "reduce_scatter_to_sequence_parallel_region",
+    "reset_model_temporary_tensors",
     "save_preprocess",
     "save_state_dict_async_plan",
     "scatter_to_sequence_parallel_region",
+    "schedules",
     "set_tensor_model_parallel_attributes",
     "sharded_state_dict_default",
     "state_by_sharded_keys",
     "tensor_parallel",
     "topk_routing_with_score_function",
+    "update_router_expert_bias",
 ]

@@ -23,7 +23,7 @@ one of their own under expert parallelism).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
@@ -40,6 +40,7 @@ from parallel.megatron import (
 )
 
 PREFIX = "optimizer."
+WEIGHT = "weight"  # the kind of a part's tensor that is the weight itself
 _MASTER = "optimizer.state.fp32_param."
 _SETTINGS = ("betas", "eps", "weight_decay")
 
@@ -50,19 +51,24 @@ def sharded_state(optimizer: Any, model_state: Mapping[str, Any]) -> dict[str, A
     The tensors are views: saving reads the optimizer's memory, loading fills it. `model_state` is
     the sharded state of this rank's model chunks. All ranks must call it.
     """
+    return {
+        "step": _step(optimizer),
+        "settings": settings_of(optimizer.param_groups),
+        "tensors": sharded_parts(_parts(optimizer), model_state),
+    }
+
+
+def sharded_parts(parts: Iterable[Part], model_state: Mapping[str, Any]) -> dict[str, Any]:
+    """The tensors of `parts` as boxes of the tensors that `model_state` describes."""
     described = {
         id(entry.data): entry
         for entry in leaves(model_state)
         if isinstance(entry, ShardedTensor | ShardedTensorFactory)
     }
     tensors = chain.from_iterable(
-        _sharded_tensors(part, described[id(part.parameter)]) for part in _parts(optimizer)
+        _sharded_tensors(part, described[id(part.parameter)]) for part in parts
     )
-    return {
-        "step": _step(optimizer),
-        "settings": _settings(optimizer),
-        "tensors": {str(index): tensor for index, tensor in enumerate(tensors)},
-    }
+    return {str(index): tensor for index, tensor in enumerate(tensors)}
 
 
 def take_over(optimizer: Any, state: Mapping[str, Any]) -> None:
@@ -72,26 +78,36 @@ def take_over(optimizer: Any, state: Mapping[str, Any]) -> None:
 
     Raises ValueError for a state in megatron-core's own formats.
     """
+    step = step_of(state)
+    for group in optimizer.param_groups:
+        group["step"] = step
+
+
+def step_of(state: Mapping[str, Any]) -> int:
+    """Adam's step in a state that was loaded.
+
+    Raises ValueError for a state in megatron-core's own formats.
+    """
     if "step" not in state:
         raise ValueError(
             "the checkpoint holds no step of Adam: its optimizer state is of another format than "
             "this version writes; start from its weights"
         )
-    for group in optimizer.param_groups:
-        group["step"] = int(state["step"])
+    return int(state["step"])
 
 
 @dataclass(frozen=True)
-class _Part:
+class Part:
     """The elements of a parameter that this rank updates, and what the optimizer holds for them."""
 
     parameter: Tensor  # the model's
     start: int  # the first of them, in the flattened parameter
-    tensors: dict[str, Tensor]  # by the name in the checkpoint; [elements] or the parameter's shape
+    # [elements] or the parameter's shape, by kind: exp_avg, exp_avg_sq, fp32_param, or WEIGHT
+    tensors: dict[str, Tensor]
     alone: bool  # whether no other data-parallel rank holds them
 
 
-def _parts(optimizer: Any) -> Iterator[_Part]:
+def _parts(optimizer: Any) -> Iterator[Part]:
     for one in getattr(optimizer, "chained_optimizers", [optimizer]):
         if one.is_stub_optimizer:  # nothing to train on this rank
             continue
@@ -102,7 +118,7 @@ def _parts(optimizer: Any) -> Iterator[_Part]:
             if parameter.dtype != torch.float32:
                 tensors["fp32_param"] = updated
             start = one._get_model_param_range_map(parameter)["param"].start if shared_out else 0
-            yield _Part(parameter, start, tensors, alone=shared_out)
+            yield Part(parameter, start, tensors, alone=shared_out)
 
 
 def updated_parameters(one: Any) -> Iterator[tuple[Tensor, Tensor]]:
@@ -122,9 +138,9 @@ def _pairs(first: Any, second: Any) -> Iterator[tuple[Tensor, Tensor]]:
     return zip(chain.from_iterable(first), chain.from_iterable(second), strict=True)
 
 
-def _sharded_tensors(part: _Part, described: Any) -> Iterator[ShardedTensor]:
+def _sharded_tensors(part: Part, described: Any) -> Iterator[ShardedTensor]:
     tensors = {kind: tensor.detach().view(-1) for kind, tensor in part.tensors.items()}
-    elements = tensors["exp_avg"].numel()
+    elements = next(iter(tensors.values())).numel()
     for piece in _pieces(described):
         # gate and up of a gated layer are pieces of one parameter
         assert piece.data.is_contiguous()
@@ -135,7 +151,7 @@ def _sharded_tensors(part: _Part, described: Any) -> Iterator[ShardedTensor]:
             place = begin + first - part.start
             for kind, tensor in tensors.items():
                 yield _box(
-                    f"{PREFIX}state.{kind}.{piece.key}",
+                    piece.key if kind == WEIGHT else f"{PREFIX}state.{kind}.{piece.key}",
                     tensor[place : place + math.prod(size)],
                     piece,
                     offset,
@@ -215,10 +231,16 @@ def _within_row(
 
 
 def _step(optimizer: Any) -> int:
-    """How many updates were made: the same on all ranks, also on those with nothing to update."""
     # a group of which this rank holds nothing is not stepped, and stays where a resume put it
     groups = [group for group in optimizer.param_groups if group["params"]]
-    mine = {int(group["step"]) for group in groups if group.get("step")}
+    return agreed_step({int(group["step"]) for group in groups if group.get("step")})
+
+
+def agreed_step(mine: set[int]) -> int:
+    """How many updates were made: the same on all ranks, also on those with nothing to update.
+
+    mine: the steps of what this rank has updated. All ranks must call it.
+    """
     found: list[set[int]] = [set()] * dist.get_world_size()
     dist.all_gather_object(found, mine)
     steps = set().union(*found)
@@ -226,9 +248,8 @@ def _step(optimizer: Any) -> int:
     return steps.pop() if steps else 0
 
 
-def _settings(optimizer: Any) -> dict[str, Any]:
+def settings_of(groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What the parameters with weight decay are updated with, for whoever reads the file."""
-    groups = optimizer.param_groups
     if not groups:
         return {}
     group = max(groups, key=lambda group: group["weight_decay"])

@@ -95,13 +95,7 @@ def load_saved(file: Path | BinaryIO, where: str = "", *, tolerant: bool = False
             content = _only_pickle(archive, where)
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
         raise ValueError(f"{where} is damaged: {error}") from error
-    tensors = {
-        name: record_class(name)
-        for name in ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3")
-    }
-    storages = {f"torch.{kind}Storage": record_class(kind) for kind in _STORAGES}
-    types = {f"torch.{name}": name for name in DTYPE_BYTES}
-    return load(io.BytesIO(content), where, {**tensors, **storages, **types}, tolerant=tolerant)
+    return load(io.BytesIO(content), where, SAVED, tolerant=tolerant)
 
 
 def _only_pickle(archive: zipfile.ZipFile, where: str) -> bytes:
@@ -135,6 +129,17 @@ _STORAGES = (
     *("Double", "Float", "BFloat16", "Half", "Long", "Int", "Short", "Char", "Byte", "Bool"),
     *("Untyped",),
 )
+
+
+# what torch.save pickles: plain values and tensors
+SAVED: dict[str, Any] = {
+    **{
+        name: record_class(name)
+        for name in ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3")
+    },
+    **{f"torch.{kind}Storage": record_class(kind) for kind in _STORAGES},
+    **{f"torch.{name}": name for name in DTYPE_BYTES},
+}
 
 
 class _Unpickler(pickle.Unpickler):

@@ -64,7 +64,7 @@ class StageClock:
     def measure(self, *, annotate: bool = False) -> Iterator[None]:
         """Around one step. annotate: name the stages in a torch.profiler trace as well."""
         with contextlib.ExitStack() as undo:
-            for owner, name, stage in self._stage_calls():
+            for owner, name, stage in self._engine.stage_calls():
                 _replace(undo, owner, name, self._in_stage(getattr(owner, name), stage))
             for owner, name in _communication_calls():
                 _replace(undo, owner, name, self._in_communication(getattr(owner, name), name))
@@ -115,17 +115,6 @@ class StageClock:
 
     def _annotation(self, name: str) -> Any:
         return torch.profiler.record_function(name) if self._annotate else contextlib.nullcontext()
-
-    def _stage_calls(self) -> list[tuple[Any, str, str]]:
-        """(owner, name, stage) of what the engine calls in a step."""
-        schedules = sys.modules["megatron.core.pipeline_parallel.schedules"]
-        return [
-            (schedules, "forward_step", "forward"),
-            (schedules, "backward_step", "backward"),
-            (self._engine, "forward_backward", "schedule"),
-            (self._engine.chunks[0].config, "finalize_model_grads_func", "gradients"),
-            (self._engine, "step", "optimizer"),
-        ]
 
     def _in_stage(self, function: Callable[..., Any], stage: str) -> Callable[..., Any]:
         @functools.wraps(function)

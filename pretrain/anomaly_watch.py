@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data.open_data import Data
-from parallel.engine import MegatronEngine
+from parallel.engine import Engine
 from parallel.progress_beacon import beacon
 from parallel.runtime import Runtime
 from pretrain.anomaly import Action, Verdict, judge
@@ -199,7 +199,7 @@ class AnomalyWatch:
 
 def open_anomaly_watch(
     config: PretrainConfig,
-    engine: MegatronEngine,
+    engine: Engine,
     runtime: Runtime,
     data: Data,
     checkpoints: Checkpoints,

@@ -6,7 +6,6 @@ What fails for want of space is tried again; see `_retry_after`. docs/checkpoint
 
 from __future__ import annotations
 
-import re
 import shutil
 import time
 from collections.abc import Callable
@@ -17,28 +16,24 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from data.language_mixture import stream_differences
 from parallel import checkpoint_io
 from parallel.checkpoint_io import CheckpointError, SaveFailed
 from parallel.checkpoint_manifest import MISSING
 from parallel.checkpoint_save import HostMemory, PendingSave, StoreLost
-from parallel.engine import MegatronEngine, checkpoint_metadata
+from parallel.engine import Engine, checkpoint_metadata
 from pretrain.checkpoint_list import find_checkpoints, step_of
 from pretrain.checkpoint_retention import Retention
-from pretrain.config import CheckpointConfig, Resume
+from pretrain.config import CheckpointConfig
+from pretrain.run_identity import (
+    ALL_PARTS,
+    DAMAGED_SUFFIX,
+    FORMAT,
+    identity_problem,
+    none_sound,
+    plain_values_problem,
+    start_problem,
+)
 from pretrain.train_state import TrainState
-
-# Of the plain values. 1: the key "format" is missing, and with it what MAY_LACK lists.
-FORMAT = 2
-# Plain values that checkpoints of an older format do without, by the format.
-MAY_LACK = {
-    1: {"format", "identity.train", "train_state.wandb_run_id", "train_state.anomaly"},
-}
-# Keys whose content the engine reads and checks, and what megatron-core notes about itself.
-_READ_ELSEWHERE = re.compile(r"model\d+|optimizer|content_metadata")
-DAMAGED_SUFFIX = ".damaged"
-
-ALL_PARTS = ("model", "data", "train")  # of the identity
 
 # Seconds before each further attempt of the save that ends a run.
 FINAL_SAVE_PAUSES = (2.0, 10.0)
@@ -103,7 +98,7 @@ class Checkpoints:
         regular = self.config.save_interval > 0 and step % self.config.save_interval == 0
         return regular or (self._retry_step is not None and step >= self._retry_step)
 
-    def save(self, engine: MegatronEngine, state: TrainState) -> None:
+    def save(self, engine: Engine, state: TrainState) -> None:
         """Save this step, behind the training with checkpoint.async_save. All ranks must call it.
 
         Waits for a save that is still being written. A save that fails ends nothing: `notify` is
@@ -114,7 +109,7 @@ class Checkpoints:
         if not self.config.async_save:
             self.wait(state.step)
 
-    def save_last(self, engine: MegatronEngine, state: TrainState) -> None:
+    def save_last(self, engine: Engine, state: TrainState) -> None:
         """Save the step a run ends with, before this returns. All ranks must call it.
 
         Raises:
@@ -183,7 +178,7 @@ class Checkpoints:
                 self._pending.wait(_FAREWELL_SECONDS)
 
     def _start(
-        self, engine: MegatronEngine, state: TrainState, memory: HostMemory | None
+        self, engine: Engine, state: TrainState, memory: HostMemory | None
     ) -> SaveFailed | None:
         target = self.folder / f"step_{state.step:08d}"
         self._retry_step = None
@@ -248,7 +243,7 @@ class Checkpoints:
         except OSError as error:
             self._retention_trouble = f"could not remove an old checkpoint: {error}"
 
-    def resume(self, engine: MegatronEngine) -> TrainState:
+    def resume(self, engine: Engine) -> TrainState:
         """Bring the engine to where the run stopped, following `checkpoint.resume` and `.load`.
 
         All ranks must call it, and must see the same folder.
@@ -259,25 +254,15 @@ class Checkpoints:
         """
         self._finish_pending()
         existing, damaged = self._existing()
-        if self.config.resume is Resume.never and existing:
-            raise CheckpointError(
-                f"checkpoint.resume=never, but {self.folder} holds {existing[-1].name}; "
-                "choose another run_dir, or checkpoint.resume=auto to go on"
-            )
+        if problem := start_problem(self.config, self.folder, existing, damaged):
+            raise CheckpointError(problem)
         if existing:
             return self.go_back(engine)
-        if damaged:
-            raise CheckpointError(_none_sound(self.folder, damaged))
-        if self.config.resume is Resume.required:
-            raise CheckpointError(
-                f"checkpoint.resume=required, but {self.folder} holds no complete checkpoint; "
-                "check run_dir, or use checkpoint.resume=auto to start anew"
-            )
         if self.config.load:
             self._load_given(engine, self.config.load)
         return TrainState()
 
-    def go_back(self, engine: MegatronEngine) -> TrainState:
+    def go_back(self, engine: Engine) -> TrainState:
         """Bring the engine to the newest sound checkpoint of this run. All ranks must call it.
 
         Damaged ones are set aside (renamed), and `notify` is told.
@@ -292,7 +277,7 @@ class Checkpoints:
             if not problems:
                 return state
             damaged.append(self._set_aside(path, problems))
-        raise CheckpointError(_none_sound(self.folder, damaged))
+        raise CheckpointError(none_sound(self.folder, damaged))
 
     def _finish_pending(self) -> None:
         if self._pending is not None:
@@ -328,7 +313,7 @@ class Checkpoints:
         )
         return name
 
-    def _load_given(self, engine: MegatronEngine, load: str) -> None:
+    def _load_given(self, engine: Engine, load: str) -> None:
         """`checkpoint.load` may name a checkpoint, a folder of them, or a run folder."""
         found = checkpoint_io.on_rank_zero(
             lambda: find_checkpoints(Path(load)), f"look at checkpoint.load={load}"
@@ -343,7 +328,7 @@ class Checkpoints:
             )
 
     def _load(
-        self, engine: MegatronEngine, path: Path, parts: tuple[str, ...]
+        self, engine: Engine, path: Path, parts: tuple[str, ...]
     ) -> tuple[TrainState, list[str]]:
         """The state of the run and what is wrong with the checkpoint: then the engine's weights
         are of no use."""
@@ -353,7 +338,7 @@ class Checkpoints:
         state = self._checked_values(path, parts)
         search = checkpoint_io.DamageSearch(path) if self.config.verify_integrity else None
         try:
-            self._load_tensors(engine, path, parts)
+            self._load_tensors(engine, path, parts, search)
         except CheckpointError:
             problems = search.result() if search is not None else []
             if not problems:  # then it does not belong to this run
@@ -380,7 +365,13 @@ class Checkpoints:
         check_identity(stored.get("identity", {}), self.identity, path, parts, consumed)
         return TrainState(**saved) if parts == ALL_PARTS else TrainState()
 
-    def _load_tensors(self, engine: MegatronEngine, path: Path, parts: tuple[str, ...]) -> None:
+    def _load_tensors(
+        self,
+        engine: Engine,
+        path: Path,
+        parts: tuple[str, ...],
+        search: checkpoint_io.DamageSearch | None,
+    ) -> None:
         # Another run may have trained what is frozen here: then its optimizer state does not fit.
         # Imported and converted checkpoints have none.
         weights_only = parts != ALL_PARTS and (
@@ -388,62 +379,16 @@ class Checkpoints:
             or _on_any_rank(engine.has_frozen_parameters)
         )
         wanted = engine.sharded_state_dict(is_loading=True, weights_only=weights_only)
-        state = checkpoint_io.load(wanted, path, weights_only=weights_only)
+        state = checkpoint_io.load(wanted, path, weights_only=weights_only, search=search)
         if weights_only:
             state.pop("optimizer", None)  # of what is not sharded all is read
         engine.load_state_dict(state)
 
 
 def check_plain_values(stored: dict[str, Any], wanted: dict[str, Any], path: Path) -> None:
-    """Raise CheckpointError naming what a checkpoint holds and nobody reads, and what it lacks.
-
-    Compares the names that `stored` and `wanted` (what would be saved now) have: those at the top,
-    the parts of the identity, and everything in the state of the run.
-    """
-    written = stored.get("format", 1)
-    if written not in {FORMAT, *MAY_LACK}:
-        raise CheckpointError(
-            f"{path} has format {written}; this version knows formats up to {FORMAT}. "
-            "Use the version that wrote it."
-        )
-    saved, now = _names(stored), _names(wanted)
-    may_lack = MAY_LACK.get(written, set())
-    missing = {name for name in now - saved if not _within(name, may_lack)}
-    problems = [
-        f"  {kind}: {', '.join(sorted(names))}"
-        for kind, names in (("saved, and read by nobody", saved - now), ("missing", missing))
-        if names
-    ]
-    if problems:
-        raise CheckpointError(
-            f"{path} does not hold the values this run would go on from:\n"
-            + "\n".join(problems)
-            + "\nUse the version that wrote it, or start a new run from its weights with "
-            "checkpoint.load."
-        )
-
-
-def _names(values: dict[str, Any]) -> set[str]:
-    """ "train_state.anomaly.losses" and so on; of the identity its parts, whose content is
-    compared by `check_identity`."""
-
-    def below(prefix: str, inside: dict[str, Any]) -> set[str]:
-        names: set[str] = set()
-        for key, value in inside.items():
-            names.add(prefix + key)
-            if isinstance(value, dict):
-                names |= below(f"{prefix}{key}.", value)
-        return names
-
-    kept = {key: value for key, value in values.items() if not _READ_ELSEWHERE.fullmatch(key)}
-    identity = kept.get("identity")
-    if isinstance(identity, dict):
-        kept["identity"] = dict.fromkeys(identity)
-    return below("", kept)
-
-
-def _within(name: str, allowed: set[str]) -> bool:
-    return any(name == one or name.startswith(one + ".") for one in allowed)
+    """Raise CheckpointError naming what a checkpoint holds and nobody reads, and what it lacks."""
+    if problem := plain_values_problem(stored, wanted, path):
+        raise CheckpointError(problem)
 
 
 def check_identity(
@@ -453,40 +398,10 @@ def check_identity(
     parts: tuple[str, ...],
     consumed_sequences: int,
 ) -> None:
-    """Raise CheckpointError naming everything in `parts` in which the two differ.
-
-    The data may differ in what comes after `consumed_sequences`. "train" (what else decides about
-    the steps to come, such as the seed) is compared where it was saved.
-    """
-    differences = []
-    for part in ("model", "train"):
-        if part not in parts or (part == "train" and part not in saved):
-            continue
-        before, now = saved.get(part, {}), current.get(part, {})
-        differences += [
-            f"  {part}.{key}: {before.get(key)!r} saved, {now.get(key)!r} now"
-            for key in sorted({*before, *now})
-            if before.get(key) != now.get(key)
-        ]
-    if "data" in parts:
-        stream = stream_differences(
-            saved.get("data", {}), current.get("data", {}), consumed_sequences
-        )
-        differences += [f"  data: {line}" for line in stream]
-    if differences:
-        raise CheckpointError(
-            f"{path} was saved by another run; it differs in\n"
-            + "\n".join(differences)
-            + "\nUse the saved settings, or another run_dir to start a new run."
-        )
-
-
-def _none_sound(folder: Path, damaged: list[str]) -> str:
-    return (
-        f"no sound checkpoint is left in {folder}; damaged: {', '.join(sorted(damaged))}. "
-        "Put one back from a copy (without the suffix), or choose another run_dir to start anew; a "
-        "new run in this one needs these folders removed by hand"
-    )
+    """Raise CheckpointError naming everything in `parts` in which the two differ, but for data
+    after `consumed_sequences`."""
+    if problem := identity_problem(saved, current, path, parts, consumed_sequences):
+        raise CheckpointError(problem)
 
 
 def _format(path: Path) -> int | None:

@@ -21,6 +21,14 @@ from parallel.config import (
     below,
     not_positive,
 )
+from parallel.deepspeed_config import (
+    DeepSpeedConfig,
+    EngineKind,
+    Launch,
+    counting_for_nothing,
+    not_installed,
+    problems_of,
+)
 from parallel.rank_layout import RankLayout
 from pretrain.walltime import walltime_seconds
 
@@ -301,6 +309,8 @@ class PretrainConfig:
     model: ModelConfig
     data: DataConfig = field(default_factory=DataConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    engine: EngineKind = EngineKind.megatron
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)  # with engine=deepspeed
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -347,10 +357,18 @@ def validate(config: PretrainConfig, world_size: int) -> RankLayout:
     if layout is not None:
         problems += _batch(config, layout.data_parallel_size)
     problems += _learning_rate(config) + _profile(config, world_size) + _tensorboard(config)
-    problems += _hang_timeout(config) + _best_checkpoints(config)
+    problems += _hang_timeout(config) + _best_checkpoints(config) + _law(config)
+    problems += _engine(config)
     if layout is None or problems:
         raise ConfigError(*problems)
     return layout
+
+
+def _engine(config: PretrainConfig) -> list[str]:
+    if config.engine is EngineKind.megatron:
+        return counting_for_nothing(config.deepspeed)
+    launch = Launch(config.parallel, config.deepspeed, config.model.moe.num_experts)
+    return not_installed() + problems_of(launch)
 
 
 def _tensor_parallel(config: PretrainConfig) -> list[str]:
@@ -546,6 +564,19 @@ def _learning_rate(config: PretrainConfig) -> list[str]:
             f"schedule.min_lr={schedule.min_lr} must not exceed optimizer.lr={lr}; use {lr / 10:g}"
         )
     return problems
+
+
+def _law(config: PretrainConfig) -> list[str]:
+    law = config.data.mixture.law
+    if not law:
+        return []
+    from data.mixture_law import open_law  # imports numpy, which runs without a law need later
+
+    try:
+        open_law(law)
+    except ValueError as error:
+        return [str(error)]
+    return []
 
 
 def _best_checkpoints(config: PretrainConfig) -> list[str]:

@@ -32,7 +32,7 @@ from data.open_data import Data
 from data.packed_sequences import Rows
 from data.replay import replay_sample
 from parallel.context_parallel import shard_sequence
-from parallel.engine import MegatronEngine
+from parallel.engine import Engine
 from parallel.runtime import Runtime
 from pretrain.anomaly import Verdict
 from pretrain.anomaly_report import (
@@ -70,7 +70,7 @@ class Culprits:
         self,
         config: AnomalyConfig,
         train: TrainConfig,
-        engine: MegatronEngine,
+        engine: Engine,
         runtime: Runtime,
         data: Data,
     ) -> None:
@@ -455,7 +455,7 @@ def label_spans(lengths: Sequence[int], seq_length: int) -> list[tuple[int, int]
 
 
 @contextlib.contextmanager
-def undisturbed(engine: MegatronEngine) -> Iterator[None]:
+def undisturbed(engine: Engine) -> Iterator[None]:
     """Forward and backward passes in here leave no trace in the model but its gradients.
 
     Routers count tokens, and move by what they counted, in every pass that has gradients.

@@ -32,7 +32,7 @@ from pretrain.convert_checkpoint import new_dtype
 from pretrain.export_check import Check, ExportError, check_export
 from pretrain.generate import load_run_config, tokenizer_of
 from pretrain.model_card import model_card
-from pretrain.run import model_identity
+from pretrain.run_identity import model_identity
 from pretrain.safetensors_file import Entry, write_sharded
 
 REPORT_FILE = "export_report.json"

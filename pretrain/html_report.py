@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from data.ledger import LEDGER_NAME, read_ledger
-from pretrain.metrics import Chart, Section, charts, find
+from pretrain.metrics import PREDICTED, Chart, Section, charts, find
+from pretrain.predicted_losses import read_prediction
+from pretrain.prediction_figures import prediction_figures
 from pretrain.report import Curve, read_curves
 from pretrain.router_plot import evenly_spaced, last_table, relative_shares
 from pretrain.tracker import METRICS_FILE
@@ -59,9 +61,13 @@ def render(run_dir: Path) -> str:
     curves = read_curves(run_dir / METRICS_FILE)
     parts = {"Overview": _overview(run_dir, curves)}
     for section in Section:
-        drawn = [
-            _chart(chart, found) for chart in charts(section) if (found := matching(chart, curves))
-        ]
+        drawn = []
+        for chart in charts(section):
+            if chart.title == PREDICTED:
+                figures = prediction_figures(curves, read_prediction(run_dir))
+                drawn += [_figure(traces, layout) for traces, layout in figures]
+            elif found := matching(chart, curves):
+                drawn.append(_chart(chart, found))
         if section is Section.routing:
             drawn = [*_expert_heat_maps(run_dir), *drawn]
         if drawn:

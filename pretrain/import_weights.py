@@ -32,9 +32,8 @@ from parallel.engine import checkpoint_metadata
 from parallel.new_folder import new_folder
 from parallel.runtime import initialize, shutdown
 from parallel.safe_pickle import Record
-from pretrain.checkpoint import FORMAT
 from pretrain.config import PretrainConfig
-from pretrain.run import model_identity
+from pretrain.run_identity import FORMAT, model_identity
 from pretrain.train_state import TrainState
 
 SHOWN = 8  # names in an error

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data.language_mixture import LanguageMixture
-from parallel.engine import MegatronEngine
+from parallel.engine import Engine
 from parallel.gradient_norms import NormsByBlock
 from parallel.runtime import Runtime
 from parallel.stage_clock import StageClock
@@ -39,7 +39,7 @@ class Instruments:
     def __init__(
         self,
         config: PretrainConfig,
-        engine: MegatronEngine,
+        engine: Engine,
         mixture: LanguageMixture,
         runtime: Runtime,
         tracker: Tracker,

@@ -73,11 +73,27 @@ _TIMES = "every `profile.straggler_interval`"
 _SAVE = "when a checkpoint was saved"
 
 _LOSS = "nats per token"
+PREDICTED = "Predicted loss by family"
 
 
 def _loss(name: str, meaning: str, section: Section, chart: str, logged: str) -> Metric:
     return Metric(
         name, _LOSS, meaning, "pretrain/loss.py", section, chart, logged, Axis.tokens, best="min"
+    )
+
+
+def _predicted(name: str, meaning: str, chart: str, unit: str = _LOSS) -> Metric:
+    where = "pretrain/predicted_losses.py"
+    return Metric(
+        f"eval/family/<family>/{name}",
+        unit,
+        meaning,
+        where,
+        Section.languages,
+        chart,
+        f"{_EVAL}, from the first token on",
+        Axis.tokens,
+        needs="`data.mixture.law`",
     )
 
 
@@ -159,6 +175,20 @@ METRICS: tuple[Metric, ...] = (
         Section.languages,
         "Validation loss by family",
         _EVAL,
+    ),
+    _predicted(
+        "predicted_loss",
+        "the scaling law's, of a finished run of so many tokens and these ratios; before the end "
+        "of its learning rate schedule a run lies above it",
+        PREDICTED,
+    ),
+    _predicted("predicted_low", "lower end of the law's 90 % interval", PREDICTED),
+    _predicted("predicted_high", "upper end of the law's 90 % interval", PREDICTED),
+    _predicted(
+        "loss_over_prediction",
+        "measured / predicted validation loss of a family",
+        "Measured / predicted loss by family",
+        unit="",
     ),
     _loss(
         "eval/language/<language>/loss",

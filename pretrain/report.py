@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from pretrain.predicted_losses import LEVEL, predicted_families
 from pretrain.tracker import read_metrics
 
 if TYPE_CHECKING:
@@ -60,6 +61,47 @@ def final_table(start: Mapping[str, float], end: Mapping[str, float]) -> "Table"
     return table
 
 
+def prediction_table(end: Mapping[str, float]) -> "Table | None":
+    """Measured against predicted validation loss by family, nats per token; None without a law.
+
+    Args:
+        end: evaluation metrics (eval/family/<family>/loss, .../predicted_loss, ...).
+    """
+    from rich import box
+    from rich.table import Table
+
+    families = predicted_families(end)
+    if not families:
+        return None
+    rows, inside = [], 0
+    for family in families:
+        loss, predicted, low, high = (
+            end.get(f"{_FAMILY_PREFIX}{family}/{name}", math.nan)
+            for name in ("loss", "predicted_loss", "predicted_low", "predicted_high")
+        )
+        inside += low <= loss <= high
+        ratio, interval = _number(loss / predicted, ".3f"), f"{low:.3f} to {high:.3f}"
+        numbers = _number(loss, ".3f"), _number(predicted, ".3f"), interval, ratio
+        rows.append((family, *numbers, _place(loss, low, high)))
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        title=f"Against the scaling law: {inside} of {len(families)} families inside its "
+        f"{100 * LEVEL:.0f} % interval",
+    )
+    table.add_column("family", no_wrap=True)
+    for heading in ("measured", "predicted", "interval", "ratio", "inside"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _place(value: float, low: float, high: float) -> str:
+    if not math.isfinite(value):
+        return "-"
+    return "above" if value > high else "below" if value < low else "yes"
+
+
 def print_report(
     start: Mapping[str, float],
     end: Mapping[str, float],
@@ -77,6 +119,8 @@ def print_report(
     file = sys.stdout if file is None else file
     console = Console(file=file, width=None if file.isatty() else 80, highlight=False)
     console.print(final_table(start, end))
+    if (against_law := prediction_table(end)) is not None:
+        console.print(against_law)
     if artefacts:
         width = max(len(label) for label in artefacts)
         for label, path in artefacts.items():  # soft wrap: a path must stay copyable

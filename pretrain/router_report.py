@@ -19,7 +19,7 @@ from data.open_data import Data
 from models.config import ModelConfig
 from models.router_health import CollapseMeasure, Probe, RouterHealth, RouterTotals, class_sums
 from parallel.config import ParallelConfig
-from parallel.engine import MegatronEngine
+from parallel.engine import Engine
 from parallel.runtime import Runtime
 from pretrain.config import PretrainConfig, TrainConfig
 from pretrain.tracker import StepLines, Tracker
@@ -217,7 +217,7 @@ class RouterReport:
 
 def open_router_report(
     config: PretrainConfig,
-    engine: MegatronEngine,
+    engine: Engine,
     data: Data,
     runtime: Runtime,
     resumed_step: int | None,

@@ -12,24 +12,25 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from omegaconf import OmegaConf
 
 from data.ledger import Ledger
 from data.loader import MicroBatchLoader
+from data.mixture_law import open_law_of
 from data.open_data import Data, open_data, prepare
 from data.prefetch import PrefetchLoader
 from models.build import build_model
-from models.config import ModelConfig
-from models.parameter_count import flops_per_token
+from models.language_model import LanguageModel
+from models.parameter_count import flops_per_token, parameter_count
 from parallel import failure_watch
 from parallel.accelerators import check_apex, find_accelerators
-from parallel.engine import MegatronEngine
+from parallel.deepspeed_config import EngineKind
+from parallel.engine import Engine, MegatronEngine
 from parallel.failure_watch import FailureWatch
+from parallel.fast_paths import in_use
 from parallel.precision import parameter_dtype
 from parallel.progress_beacon import beacon
 from parallel.runtime import Runtime, initialize, shutdown
@@ -39,11 +40,14 @@ from pretrain.config import PretrainConfig
 from pretrain.events import Events
 from pretrain.html_report import write_html_report
 from pretrain.instruments import Instruments
+from pretrain.memory import predict_memory_of_run
+from pretrain.predicted_losses import PredictedLosses, keep_law, write_prediction
 from pretrain.progress import Progress
 from pretrain.provenance import atomic_write_text, write_run_record
 from pretrain.report import plot_curves, print_report
 from pretrain.router_plot import plot_router
 from pretrain.router_report import open_router_report
+from pretrain.run_identity import asdict_plain, identity, vocabulary_of
 from pretrain.run_lock import RunFolderBusyError, RunLock
 from pretrain.run_status import RunStatus
 from pretrain.stop_signal import StopSignal, stop_signal
@@ -68,6 +72,7 @@ def run(config: PretrainConfig, stop: StopSignal | None = None) -> Outcome:
         if stop is None:
             stop = outermost.enter_context(stop_signal())
         check_apex()
+        check_engine(config)
         runtime = initialize(config.parallel, config.train.seed)
         with watch_for_failures(config, runtime) as watch:
             # left after the failure watch, so that a failure is recorded with its cause
@@ -76,6 +81,25 @@ def run(config: PretrainConfig, stop: StopSignal | None = None) -> Outcome:
             outcome = train(config, runtime, stop, status)
         shutdown(runtime)
         return outcome
+
+
+def check_engine(config: PretrainConfig) -> None:
+    """Raises ConfigError for what the engine does not do on this device, before there is any
+    process group."""
+    if config.engine is EngineKind.deepspeed:
+        from parallel.deepspeed_engine import check, library
+
+        check(config.parallel, config.deepspeed, config.model.moe.num_experts)
+        library()  # its import takes seconds, in which a rank gives no sign of life
+
+
+def make_engine(chunks: list[LanguageModel], config: PretrainConfig, runtime: Runtime) -> Engine:
+    """The engine that `engine` names, around this rank's model chunks. All ranks must call it."""
+    if config.engine is EngineKind.megatron:
+        return MegatronEngine(chunks, config.parallel, config.optimizer, runtime)
+    from parallel.deepspeed_engine import DeepSpeedEngine
+
+    return DeepSpeedEngine(chunks, config.parallel, config.optimizer, config.deepspeed, runtime)
 
 
 def watch_for_failures(config: PretrainConfig, runtime: Runtime) -> FailureWatch:
@@ -102,6 +126,7 @@ def train(config: PretrainConfig, runtime: Runtime, stop: StopSignal, status: Ru
     run_dir = Path(config.run_dir)
 
     data = prepare_data(config, runtime)
+    predictions = open_predictions(config, data)
     chunks = build_model(
         config.model,
         config.parallel,
@@ -109,13 +134,13 @@ def train(config: PretrainConfig, runtime: Runtime, stop: StopSignal, status: Ru
         vocab_size=vocab_size(config, data),
         seed=config.train.seed,
     )
-    engine = MegatronEngine(chunks, config.parallel, config.optimizer, runtime)
+    engine = make_engine(chunks, config, runtime)
 
     events = Events(run_dir, enabled=runtime.rank == 0)
     checkpoints = Checkpoints(
         run_dir / "checkpoints",
         config.checkpoint,
-        identity(config, data),
+        identity(config, vocab_size(config, data), data.mixture.fingerprint()),
         notify=notice(events, print if runtime.rank == 0 else None),
     )
     checkpoints.may_publish = status.may_publish
@@ -167,10 +192,13 @@ def train(config: PretrainConfig, runtime: Runtime, stop: StopSignal, status: Ru
         status=status,
         walltime=wall_time(config, runtime),
         events=events,
+        predictions=predictions if runtime.rank == 0 else None,
     )
     loop.progress.message(runtime.describe())
-    for line in accelerator_lines(runtime):
+    for line in [*accelerator_lines(config, runtime), *memory_lines(config, data, runtime)]:
         loop.progress.message(line)
+    if loop.predictions is not None:
+        progress.message(predict_end(loop.predictions, config, state))
     finished = False
     try:
         outcome = loop.run(state, stop)
@@ -303,45 +331,7 @@ def train_loader(
 
 
 def vocab_size(config: PretrainConfig, data: Data) -> int:
-    """The model's vocabulary: the tokenizer's, or a larger one if the model asks for it."""
-    wanted, needed = config.model.vocab_size, data.tokenizer.vocab_size
-    if wanted is not None and wanted < needed:
-        raise ValueError(
-            f"model.vocab_size={wanted} is smaller than the tokenizer's vocabulary of {needed} "
-            f"({data.tokenizer.path}); leave it out, or set model.vocab_size={needed} or more"
-        )
-    return wanted or needed
-
-
-def identity(config: PretrainConfig, data: Data) -> dict[str, Any]:
-    """What a checkpoint must agree with to be resumed: the model's shape, the data stream, and the
-    seed of what is drawn in each step."""
-    return {
-        "model": model_identity(config.model, vocab_size(config, data)),
-        "data": data.mixture.fingerprint(),
-        "train": {"seed": config.train.seed},
-    }
-
-
-def model_identity(model: ModelConfig, vocab_size: int) -> dict[str, Any]:
-    """What decides about names, shapes and meaning of a model's weights."""
-    shape = asdict_plain(model)
-    shape["vocab_size"] = vocab_size
-    for free_to_change in ("name", "hidden_dropout", "attention_dropout", "init_method_std", "moe"):
-        shape.pop(free_to_change)
-    moe = model.moe
-    if moe.num_experts:  # a dense model's checkpoint knows nothing of experts
-        shape |= {
-            "moe.num_experts": moe.num_experts,
-            "moe.sparse_layers": moe.sparse_layers(model.num_layers),
-            "moe.sparse_after_layer": moe.sparse_after_layer,
-            "moe.stacked_sublayers": moe.stacked_sublayers,
-            "moe.ffn_hidden_size": model.expert_ffn_hidden_size,
-            "moe.shared_expert_intermediate_size": moe.shared_expert_intermediate_size,
-            "moe.router": moe.router.value,
-            "moe.router_dim": moe.dim,
-        }
-    return shape
+    return vocabulary_of(config.model, data.tokenizer.vocab_size, data.tokenizer.path)
 
 
 def record_run(
@@ -357,12 +347,34 @@ def record_run(
         "data_parallel_size": runtime.data_parallel_size,
         "backend": runtime.backend,
     }
-    write_run_record(
+    record = write_run_record(
         run_dir,
         OmegaConf.to_yaml(OmegaConf.structured(config)),
         data.mixture.fingerprint(),
         extra={"layout": layout, "resumed_step": resumed_step},
     )
+    if config.data.mixture.law:
+        keep_law(config.data.mixture.law, record)
+
+
+def open_predictions(config: PretrainConfig, data: Data) -> PredictedLosses | None:
+    """What data.mixture.law says of this model and data; the same on every rank."""
+    if not config.data.mixture.law:
+        return None
+    law = open_law_of(data.mixture, config.data.mixture.law)
+    count = parameter_count(config.model, vocab_size(config, data))
+    return PredictedLosses(law, data.mixture, count.non_embedding)
+
+
+def predict_end(predictions: PredictedLosses, config: PretrainConfig, state: TrainState) -> str:
+    """Where the run should end, for its record and for whoever starts it."""
+    end = predictions.end_point(state, config.train.train_steps, config.train.global_batch_size)
+    if config.checkpoint.load:
+        end.warnings.append(
+            f"checkpoint.load={config.checkpoint.load}: tokens its weights have seen do not count"
+        )
+    write_prediction(Path(config.run_dir), end)
+    return "\n".join(end.lines(config.data.mixture.law))
 
 
 def throughput_meter(config: PretrainConfig, data: Data, runtime: Runtime) -> ThroughputMeter:
@@ -389,11 +401,29 @@ def throughput_meter(config: PretrainConfig, data: Data, runtime: Runtime) -> Th
     )
 
 
-def accelerator_lines(runtime: Runtime) -> list[str]:
-    """What optional packages are here; on a CPU none of them would do anything."""
+def accelerator_lines(config: PretrainConfig, runtime: Runtime) -> list[str]:
+    """Which fast paths are on and what optional packages are here; on a CPU none of these would do
+    anything."""
     if runtime.device.type == "cpu":
         return ["optional accelerators (apex, Transformer Engine, ...): none applies on a CPU"]
-    return [accelerator.describe() for accelerator in find_accelerators()]
+    packages = [accelerator.describe() for accelerator in find_accelerators()]
+    if config.engine is not EngineKind.megatron:
+        return packages
+    found = "; ".join(f"{work}: {who}" for work, who in in_use(runtime.device).items())
+    return [f"fast paths: {found}", *packages]
+
+
+def memory_lines(config: PretrainConfig, data: Data, runtime: Runtime) -> list[str]:
+    """What `memory/peak_bytes` of a GPU should come to; with another engine nobody has said."""
+    if config.engine is not EngineKind.megatron:
+        return []
+    predicted = predict_memory_of_run(
+        config,
+        runtime.world_size,
+        vocab_size=vocab_size(config, data),
+        device=runtime.device.type,
+    )
+    return [predicted.peak.describe()]
 
 
 def report(outcome: Outcome, run_dir: Path, config: PretrainConfig) -> None:
@@ -444,16 +474,3 @@ def next_steps(run_dir: Path, config: PretrainConfig) -> list[str]:
         f"parallel={other} train.train_steps={steps} run_dir=runs/{model}-{other}",
         f"{python} {start} parallel=single train.train_steps={2 * steps} run_dir={run_dir}",
     ]
-
-
-def asdict_plain(settings: Any) -> dict[str, Any]:
-    """A settings dataclass as plain values: enums by their value."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        if isinstance(value, list):
-            return [plain(item) for item in value]
-        return getattr(value, "value", value)
-
-    return plain(asdict(settings))

@@ -131,15 +131,28 @@ class RunLock:
         return 0.0
 
     def _describe(self, holder: dict[str, Any]) -> str:
-        if not {"since", "pid", "host"} <= holder.keys():
-            return "a process that has not written its name yet"
-        job = holder.get("slurm_job_id")
-        since = datetime.fromtimestamp(holder["since"], UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-        return (
-            f"process {holder['pid']} on {holder['host']}"
-            + (f" (SLURM job {job})" if job else "")
-            + f" since {since}, last heartbeat {lock_age(self._file.path):.0f} s ago"
-        )
+        return _describe(self._file.path, holder)
+
+
+def held_by(run_dir: Path) -> str | None:
+    """Who writes the run folder now, in words; None where nobody does who lives. Takes nothing."""
+    path = run_dir / _LOCK
+    holder = read_lock(path)
+    if holder is None or is_dead(path, holder, STALE_SECONDS):
+        return None
+    return _describe(path, holder)
+
+
+def _describe(path: Path, holder: dict[str, Any]) -> str:
+    if not {"since", "pid", "host"} <= holder.keys():
+        return "a process that has not written its name yet"
+    job = holder.get("slurm_job_id")
+    since = datetime.fromtimestamp(holder["since"], UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    return (
+        f"process {holder['pid']} on {holder['host']}"
+        + (f" (SLURM job {job})" if job else "")
+        + f" since {since}, last heartbeat {lock_age(path):.0f} s ago"
+    )
 
 
 def slurm_job() -> dict[str, Any]:

@@ -446,7 +446,12 @@ def resolve_wandb_mode(mode: WandbMode) -> str:
     from_environment = os.environ.get("WANDB_MODE", "")
     if from_environment in ("online", "offline", "disabled"):
         return from_environment
-    return "online" if os.environ.get("WANDB_API_KEY") or _has_netrc_entry() else "offline"
+    return "online" if has_wandb_key() else "offline"
+
+
+def has_wandb_key() -> bool:
+    """Whether this machine has a key for W&B's server: WANDB_API_KEY, or a netrc entry."""
+    return bool(os.environ.get("WANDB_API_KEY")) or _has_netrc_entry()
 
 
 def _has_netrc_entry() -> bool:

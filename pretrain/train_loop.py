@@ -12,7 +12,7 @@ from data.ledger import Ledger
 from data.loader import MicroBatchLoader, ValidationSet
 from data.open_data import Data
 from data.prefetch import PrefetchLoader
-from parallel.engine import MegatronEngine
+from parallel.engine import Engine
 from parallel.progress_beacon import beacon
 from parallel.runtime import Runtime
 from pretrain.anomaly import (
@@ -29,6 +29,7 @@ from pretrain.evaluate import evaluate
 from pretrain.events import Events
 from pretrain.instruments import Instruments
 from pretrain.learning_rate import learning_rate
+from pretrain.predicted_losses import PredictedLosses
 from pretrain.progress import Progress
 from pretrain.router_report import RouterReport
 from pretrain.run_status import RunStatus
@@ -57,7 +58,7 @@ class TrainLoop:
     """Everything a run works with; `run` is the loop itself. All ranks run it together."""
 
     config: PretrainConfig
-    engine: MegatronEngine
+    engine: Engine
     runtime: Runtime
     data: Data
     loader: MicroBatchLoader | PrefetchLoader
@@ -73,6 +74,7 @@ class TrainLoop:
     status: RunStatus = field(default_factory=RunStatus)  # silent but on rank 0
     walltime: WallTime = field(default_factory=WallTime)  # with an end on rank 0 only
     events: Events = field(default_factory=lambda: Events("", enabled=False))
+    predictions: PredictedLosses | None = None  # on rank 0, of a run with data.mixture.law
 
     def run(self, state: TrainState, stop: StopSignal) -> Outcome:
         """Train from `state` to the last step; on a signal, or when the time is up, finish the
@@ -316,6 +318,8 @@ class TrainLoop:
         self.checkpoints.record_evaluation(state.step, result["eval/loss"])
         if router is not None:
             result |= router.evaluation_metrics()
+        if self.predictions is not None:
+            result |= self.predictions.metrics(state, result)
         result |= {"train/consumed_tokens": state.consumed_tokens, **duration}
         self.tracker.log(state.step, result)
         return result

@@ -22,11 +22,10 @@ from parallel.config import OptimizerConfig, ParallelConfig, Precision
 from parallel.engine import MegatronEngine, checkpoint_metadata
 from parallel.megatron import MegatronModule
 from parallel.runtime import initialize, shutdown
-from pretrain.checkpoint import FORMAT
 from pretrain.config import PretrainConfig
 from pretrain.export_check import full_logits
 from pretrain.generate import load_model
-from pretrain.run import model_identity
+from pretrain.run_identity import FORMAT, model_identity
 from pretrain.train_state import TrainState
 
 VOCAB = 120  # of 128 rows

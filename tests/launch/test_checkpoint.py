@@ -34,7 +34,7 @@ from pretrain.compare_checkpoints import compare
 from pretrain.config import CheckpointConfig
 from pretrain.convert_checkpoint import to_checkpoint
 from pretrain.export import open_source
-from pretrain.run import model_identity
+from pretrain.run_identity import model_identity
 from pretrain.safetensors_file import Entry, write_sharded
 from pretrain.train_state import TrainState
 from tests.distributed import RankFailed, run_on_gloo

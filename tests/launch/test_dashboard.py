@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from launch import dashboard
-from pretrain.metrics import METRICS, Section, charts
+from pretrain.metrics import METRICS, Section, charts, find
+from tests.pretrain.laws import a_law
 
 ROOT = Path(__file__).resolve().parents[2]
 SNAPSHOT = Path(__file__).with_name("dashboard.json")
@@ -100,3 +101,28 @@ def test_saving_without_a_key_is_one_clear_error(reports: Any) -> None:
 def test_saving_needs_an_entity(reports: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert dashboard.main(["--project", "p"]) == 1
     assert "--entity is missing" in capsys.readouterr().err
+
+
+def test_families_of_a_law_get_charts_of_their_own(
+    reports: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a_law(["slavic", "sino-tibetan"]).save(tmp_path / "law.yaml")
+    assert dashboard.main(["--print", "--law", str(tmp_path / "law.yaml")]) == 0
+    spec = json.loads(capsys.readouterr().out)
+    assert [section["name"] for section in sections(spec)][:3] == [
+        "Loss",
+        "Measured and predicted",
+        "Languages and families",
+    ]
+    panels = [panel["config"] for panel in sections(spec)[1]["panels"]]
+    assert [panel["chartTitle"] for panel in panels] == [
+        "slavic: measured and predicted loss",
+        "sino-tibetan: measured and predicted loss",
+    ]
+    names = ("loss", "predicted_loss", "predicted_low", "predicted_high")
+    assert panels[1]["metrics"] == [f"eval/family/sino-tibetan/{name}" for name in names]
+    assert all(find(name) for name in panels[1]["metrics"])
+    assert dashboard.main(["--print", "--law", str(tmp_path / "none.yaml")]) == 1
+    assert capsys.readouterr().err.startswith(
+        f"error: --law {tmp_path}/none.yaml: there is no such"
+    )

@@ -6,7 +6,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from data.config import Weighting
-from launch.schema import explain, load, shipped_models
+from launch.composition import compose_what_fits
+from launch.schema import explain, load, shipped_models, validated
 from models.config import LayerNormPlacement
 from parallel.config import ConfigError, Precision
 
@@ -70,6 +71,12 @@ CONFUSED = {
     ("train.train_steps={a: 1}",): "train.train_steps={a: 1} must be a whole number",
     ("data.seq_length=x",): "data.seq_length=x must be a whole number, or null",
     ("optimizer.lr=fast",): "optimizer.lr=fast must be a number",
+    ("optimizer.lr=3e-4x",): "optimizer.lr=3e-4x must be a number",
+    ("data.mixture.budget=300B",): "must be a number, or null; write "
+    "data.mixture.budget=300000000000",
+    ("train.train_steps=10,000",): "train.train_steps=10,000 is no number; write "
+    "train.train_steps=10000",
+    ("data.eod_token=<eos>",): "if the value is text, quote it: \"data.eod_token='<eos>'\"",
     ("parallel.sequence_parallel=maybe",): "parallel.sequence_parallel=maybe must be true or false",
     ("data.languages=en",): "data.languages=en must be a list, as in [a,b]",
     ("data.corpus=[a]",): "data.corpus=[a] must be text",
@@ -189,3 +196,28 @@ def test_shipped_models_are_those_hydra_composes() -> None:
     for name, model in shipped_models().items():
         assert name == model.name
         assert OmegaConf.structured(model) == OmegaConf.structured(load([f"+model={name}"]).model)
+
+
+def test_rules_across_rooms_are_told_together_with_those_of_the_classes() -> None:
+    words = [TINY, "optimizer.lr=0", "parallel.pipeline_model_parallel_size=3", "train.seed=-1"]
+    cfg = compose_what_fits(words).cfg
+    assert cfg is not None
+    with pytest.raises(ConfigError) as caught:
+        validated(cfg, words, world_size=3)
+    assert [line.partition("=")[0] for line in caught.value.problems] == [
+        "optimizer.lr",
+        "train.seed",
+        "parallel.pipeline_model_parallel_size",
+    ]
+
+
+def test_sizes_of_nothing_are_told_once_and_break_nothing() -> None:
+    words = [TINY, "parallel.tensor_model_parallel_size=0", "train.micro_batch_size=0"]
+    cfg = compose_what_fits(words).cfg
+    assert cfg is not None
+    with pytest.raises(ConfigError) as caught:
+        validated(cfg, words, world_size=1)
+    assert caught.value.problems == (
+        "parallel.tensor_model_parallel_size=0 must be 1 or more",
+        "train.micro_batch_size=0 must be 1 or more",
+    )

@@ -7,11 +7,15 @@ import pytest
 from models.config import Activation, LayerNormPlacement, ModelConfig, Normalization
 from models.moe_config import MoEConfig, RouterType
 from models.parameter_count import (
+    flops_per_step,
     flops_per_token,
+    hardware_flops_per_token,
+    layers_of_stage,
     padded_vocab_size,
     parameter_count,
     parameters_on_rank,
 )
+from parallel.config import RecomputeGranularity
 
 
 def kosmos_1(**settings: object) -> ModelConfig:
@@ -128,7 +132,7 @@ def test_ranks_hold_the_model_together(shared: bool, placement: LayerNormPlaceme
     """Over all ranks: every parameter once, replicated ones TP times, a shared embedding twice."""
     config = grouped(share_embeddings_and_output_weights=shared, layer_norm_placement=placement)
     count = parameter_count(config, vocab_size=1000)
-    assert parameters_on_rank(config, vocab_size=1000) == count.total
+    assert parameters_on_rank(config, vocab_size=1000) == count
     tp, pp = 4, 2
     held = sum(
         tp
@@ -138,7 +142,7 @@ def test_ranks_hold_the_model_together(shared: bool, placement: LayerNormPlaceme
             tensor_model_parallel_size=tp,
             pipeline_model_parallel_size=pp,
             pipeline_rank=stage,
-        )
+        ).total
         for stage in range(pp)
     )
     sharded_norms = 2 * (8 * 16 + 128) * 4 if placement is LayerNormPlacement.sub_ln else 0
@@ -157,6 +161,29 @@ def test_flops_by_hand() -> None:
     # the keys that tokens 1 .. 256 see, counted one by one
     causal = flops_per_token(config, 256, vocab_size=1000, causal=True)
     assert 256 * causal == 256 * 6 * weights + 12 * 4 * 128 * sum(range(1, 257))
+
+
+def test_recomputed_flops_by_hand() -> None:
+    """One more forward pass of the layers, or of their scores; never of the output layer."""
+    config = grouped()
+    layers = 4 * ((8 + 2 * 4) * 16 * 64 + 64 * 128 + 2 * 64 * 128)
+    attention = 4 * 4 * 128 * 256  # 4 L a s
+    again = {
+        RecomputeGranularity.none: 0,
+        RecomputeGranularity.selective: attention,
+        RecomputeGranularity.full: 2 * layers + attention,
+    }
+    model = flops_per_token(config, 256, 1000)
+    for recompute, more in again.items():
+        hardware = hardware_flops_per_token(config, 256, 1000, recompute=recompute)
+        assert hardware == model + more
+        assert flops_per_step(config, 256, 8, 1000, recompute=recompute) == 8 * 256 * hardware
+
+
+def test_layers_of_stages() -> None:
+    config = grouped(num_layers=8)
+    assert layers_of_stage(config, 1, stages=2) == [[4, 5, 6, 7]]
+    assert layers_of_stage(config, 0, stages=2, chunks=2) == [[0, 1], [4, 5]]
 
 
 def test_flops_do_not_depend_on_sharing() -> None:

@@ -62,7 +62,7 @@ def built(parallel: ParallelConfig, variants: list[dict[str, object]]) -> list[t
             expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
         )
         parameters = {id(p): p.numel() for chunk in chunks for p in chunk.parameters()}
-        pairs.append((sum(parameters.values()), counted))
+        pairs.append((sum(parameters.values()), counted.total))
     return pairs
 
 

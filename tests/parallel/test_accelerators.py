@@ -3,11 +3,12 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from parallel.accelerators import ApexTrap, check_apex, find_accelerators
+from parallel.accelerators import Accelerator, ApexTrap, check_apex, find_accelerators, markdown
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -39,14 +40,30 @@ check_apex()
 """
 
 
-def test_every_package_says_what_it_brings_and_how_to_get_it() -> None:
+def test_every_package_says_what_it_does_and_how_to_get_it() -> None:
     accelerators = find_accelerators()
     names = [a.name for a in accelerators]
     assert names == ["apex", "transformer_engine", "flash_attn", "triton", "deepspeed"]
     for accelerator in accelerators:
-        assert accelerator.brings
+        assert accelerator.used_for or accelerator.not_used_for
         assert accelerator.how_to_get
         assert accelerator.describe().startswith(accelerator.name)
+
+
+def test_the_page_is_that_of_the_code() -> None:
+    """Else: python -m parallel.accelerators > docs/accelerators.md"""
+    assert (REPOSITORY / "docs" / "accelerators.md").read_text() == markdown()
+
+
+def test_what_is_missing_says_what_it_would_do() -> None:
+    lines = {a.name: a.describe() for a in map(missing, find_accelerators())}
+    assert lines["apex"].startswith("apex: not here; would do AdamW")
+    assert "NVIDIA/apex" in lines["apex"]
+    assert lines["flash_attn"].startswith("flash_attn: not here; not used: attention is torch's")
+
+
+def missing(accelerator: Accelerator) -> Accelerator:
+    return replace(accelerator, found=False, version=None, compiled={}, problem=None)
 
 
 def test_the_unrelated_apex_is_a_trap(tmp_path: Path) -> None:
@@ -70,9 +87,26 @@ def test_the_trap_is_raised_in_this_process_too(
 
 def test_the_real_apex_is_found_without_importing_it(tmp_path: Path) -> None:
     package(tmp_path, "apex", "apex.optimizers", "amp_C")
-    result = python(tmp_path, SHOW)
+    code = SHOW + "print(find_accelerators()[0].describe())"
+    result = python(tmp_path, code)
     assert result.returncode == 0, result.stderr
     assert "apex True None" in result.stdout
+    line = result.stdout.splitlines()[-1]
+    assert line.startswith("apex: version unknown (does AdamW")
+    assert line.endswith("; without its compiled fused_weight_gradient_mlp_cuda)")
+    package(tmp_path, "fused_weight_gradient_mlp_cuda")
+    assert "without" not in python(tmp_path, code).stdout.splitlines()[-1]
+
+
+def test_operations_of_deepspeed_are_read_from_what_it_wrote_down(tmp_path: Path) -> None:
+    package(tmp_path, "deepspeed", "deepspeed.runtime")
+    code = "from parallel.accelerators import find_accelerators as f; print(f()[4].compiled)"
+    assert python(tmp_path, code).stdout == "{'fused_adam': False, 'cpu_adam': False}\n"
+    written = tmp_path / "deepspeed" / "git_version_info_installed.py"
+    written.write_text("version='1'\ninstalled_ops={'cpu_adam': True, 'fused_adam': False}\n")
+    assert python(tmp_path, code).stdout == "{'fused_adam': False, 'cpu_adam': True}\n"
+    written.write_text("version='1'\n")
+    assert python(tmp_path, code).stdout == "{'fused_adam': False, 'cpu_adam': False}\n"
 
 
 def test_apex_without_its_cuda_extension_is_not_found(tmp_path: Path) -> None:

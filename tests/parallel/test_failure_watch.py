@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import re
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -468,3 +469,13 @@ def test_ranks_that_cannot_reach_the_store_end_and_say_so(
     assert "Rank 0 hosts it: its process or its host has died, or the network" in said
     if not breaks:
         assert "no answer for " in said
+
+
+def threads_of_the_watch() -> list[str]:
+    with FailureWatch(initialize(ParallelConfig(), seed=1)):
+        return [thread.name for thread in threading.enumerate() if "watch" in thread.name]
+
+
+def test_a_rank_alone_has_nobody_to_lose() -> None:
+    assert run_on_gloo(1, threads_of_the_watch) == [["failure watch"]]
+    assert run_on_gloo(2, threads_of_the_watch)[1] == ["failure watch", "store watch"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import math
 import os
 import subprocess
@@ -19,6 +20,7 @@ from data.config import MixtureConfig, Weighting
 from data.language_mixture import LanguageMixture
 from data.token_store import TokenStore, TokenStoreWriter
 from launch.schema import load
+from models.parameter_count import parameter_count
 from parallel.config import ConfigError
 from pretrain import metrics
 from pretrain.config import TrainConfig
@@ -29,8 +31,10 @@ from pretrain.run import run
 from pretrain.throughput import ThroughputMeter, pipeline_bubble
 from pretrain.tracker import read_metrics
 from tests.distributed import run_on_gloo
+from tests.pretrain.laws import a_law
 
 ROOT = Path(__file__).resolve().parents[2]
+FAMILIES = ("germanic", "indic", "sino-tibetan")  # of the run's languages
 
 
 def whole_run(run_dir: str) -> str:
@@ -53,6 +57,7 @@ def whole_run(run_dir: str) -> str:
         "profile.straggler_interval=2",
         "profile.start_step=4",
         "profile.steps=1",
+        f"data.mixture.law={run_dir}/law.yaml",
         f"run_dir={run_dir}/run",
     ]
     with contextlib.redirect_stdout(io.StringIO()) as printed:
@@ -63,6 +68,7 @@ def whole_run(run_dir: str) -> str:
 @pytest.fixture(scope="module")
 def a_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("metrics")
+    a_law(FAMILIES).save(folder / "law.yaml")
     printed, others = run_on_gloo(2, whole_run, str(folder))
     assert "Where the time went" not in others
     return folder / "run", printed
@@ -113,6 +119,31 @@ def test_numbers_of_a_run_fit_together(a_run: tuple[Path, str]) -> None:
     assert (run_dir / "profile" / "rank_0000.json").is_file()
     table = (run_dir / "profile" / "step_times.txt").read_text()
     assert table.strip() in printed and "\ncheckpoint " in table and "\nevaluation " in table
+
+
+def test_losses_are_held_against_the_law(a_run: tuple[Path, str]) -> None:
+    run_dir, printed = a_run
+    found, law = logged(run_dir), a_law(FAMILIES)
+    model = json.loads((run_dir / "predicted_losses.json").read_text())["num_parameters"]
+    assert model == parameter_count(load(["+model=xmoe_tiny"]).model, vocab_size=1).non_embedding
+    for family in FAMILIES:
+        prefix = f"eval/family/{family}/"
+        predicted = found[f"{prefix}predicted_loss"]
+        assert list(predicted) == [2, 4]  # nothing is known before the first token
+        for step in (2, 4):
+            tokens = found["train/consumed_tokens"][step]
+            ratio = found[f"data/family/{family}/tokens"][step] / tokens
+            assert predicted[step] == pytest.approx(law.families[family].loss(model, tokens, ratio))
+            low, high = (found[f"{prefix}predicted_{end}"][step] for end in ("low", "high"))
+            assert low < predicted[step] < high
+            measured = found[f"{prefix}loss"][step]
+            ratio = found[f"{prefix}loss_over_prediction"][step]
+            assert ratio == pytest.approx(measured / predicted[step])
+        assert f"  {family} {predicted[4]:.3f} (" in printed  # what the start said of the end
+    assert "WARNING: the law is used outside of its fit: tokens=512: 1.95 times below" in printed
+    assert "Against the scaling law: " in printed
+    assert (run_dir / "scaling_law.yaml").read_bytes() == (run_dir.parent / "law.yaml").read_bytes()
+    assert "germanic: measured and predicted loss" in (run_dir / "report.html").read_text()
 
 
 def test_documentation_is_the_table() -> None:

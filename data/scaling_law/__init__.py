@@ -1,0 +1,1 @@
+"""The multilingual scaling law: its sweep, its fit, and the sampling ratios that follow."""

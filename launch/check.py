@@ -1,0 +1,271 @@
+"""Everything about a launch that can be found wrong without launching it.
+
+    python -m launch.check +model=magneto_1b parallel=tp8_sp --nodes 4 --gpus-per-node 8
+    python -m launch.check +experiment=mine cluster=gpu8_infiniband nodes=4 --device h100-80gb
+    python -m launch.check +experiment=demo --processes 4 --json
+
+Takes the words of launch/pretrain.py, and those of launch.slurm where cluster=NAME is among them.
+Looks at settings, layout, text, checkpoints, disk, memory, SLURM and W&B; starts nothing, needs no
+GPU and no network, and says all that is wrong at once. docs/check.md tells what is looked at.
+
+Exit status: 0 sound; 1 there are warnings, with --strict; 2 there are errors. Imports neither torch
+nor megatron-core.
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from launch.check_checkpoints import check_checkpoints
+from launch.check_data import DataFacts, check_data
+from launch.check_disk import check_room
+from launch.check_memory import check_memory
+from launch.check_plausibility import check_plausibility
+from launch.check_report import Report, as_json, describe
+from launch.check_slurm import check_job, check_time
+from launch.composition import (
+    Composition,
+    compose_what_fits,
+    left_out_a_model,
+)
+from launch.config import ClusterConfig
+from launch.findings import ERROR, WARNING, Findings
+from launch.nearest_layout import nearest_layout
+from launch.schema import broken_rules_across_rooms, build
+from launch.slurm import Wish, load_cluster, searched, sort_words
+from launch.slurm_script import Job
+from parallel.config import ConfigError
+from pretrain.config import PretrainConfig
+from pretrain.walltime import walltime_seconds
+
+_LAYOUT_SETTINGS = ("parallel.", "train.global_batch_size=", "train.micro_batch_size=")
+
+
+@dataclass(frozen=True)
+class Machines:
+    """What the run is to have. None: not said."""
+
+    processes: int | None = None
+    nodes: int | None = None
+    gpus_per_node: int | None = None
+    device: str | None = None  # of launch.check_memory
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    given = _parser().parse_intermixed_args(arguments)
+    machines = Machines(given.processes, given.nodes, given.gpus_per_node, given.device)
+    report = check(given.words, machines, config_dir=given.config_dir)
+    if given.json:
+        print(json.dumps(as_json(report), indent=1, ensure_ascii=False))
+    else:
+        print("\n".join(describe(report, everything=given.provenance)))
+    if report.of(ERROR):
+        return 2
+    return 1 if given.strict and report.of(WARNING) else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.check",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("words", nargs="*", metavar="SETTING=VALUE", help="as for the launcher")
+    parser.add_argument("--config-dir", "-cd", metavar="DIR", help="as for the launcher")
+    many = parser.add_argument_group(
+        "how many processes; by default as few as the layout needs, or what cluster= and nodes= say"
+    )
+    many.add_argument("--processes", type=_count, metavar="N")
+    many.add_argument("--nodes", type=_count, metavar="N")
+    many.add_argument("--gpus-per-node", type=_count, metavar="N", help="processes on each node")
+    parser.add_argument(
+        "--device", metavar="NAME", help="whether it fits: h100-80gb, a100-40gb, ... or 80GiB"
+    )
+    parser.add_argument("--strict", action="store_true", help="exit with 1 for warnings")
+    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument(
+        "--provenance", action="store_true", help="where every value comes from, defaults too"
+    )
+    return parser
+
+
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) >= 1):
+        raise argparse.ArgumentTypeError(f"{text} must be a whole number, 1 or more, as in 8")
+    return int(text)
+
+
+def check(
+    words: Sequence[str], machines: Machines | None = None, *, config_dir: str | None = None
+) -> Report:
+    """Looks at everything that these words on a command line would start."""
+    began, machines, findings = time.perf_counter(), machines or Machines(), Findings()
+    wish = sort_words(words)
+    findings.errors("settings", wish.problems)
+    hidden: list[str] = []
+    try:
+        hidden = searched(config_dir)
+    except ConfigError as error:
+        findings.errors("settings", error.problems)
+    composed = compose_what_fits(wish.training, hidden)
+    findings.errors("settings", composed.problems)
+    config = _config(composed, findings)
+    cluster = _cluster(wish, findings)
+    processes, how_many = _processes(config, wish, machines, cluster, findings)
+    if config is not None:
+        # Values that break their own rules, which has been told, make nonsense of what follows.
+        # Most of it can be looked at all the same; what cannot ends with an error of arithmetic.
+        guard = _nonsense_is_told if findings.of(ERROR) else nullcontext
+        legal = _layout(config, processes, findings)
+        with guard():
+            check_plausibility(config, findings, composed.typed)
+        data = DataFacts()
+        with guard():
+            check_data(config, data, findings)
+        with guard():
+            check_checkpoints(config, data, findings)
+        with guard():
+            check_room(config, data.vocab_size, _nodes(wish, machines), findings)
+        if legal:
+            check_memory(config, processes, data.vocab_size, machines.device, findings)
+        with guard():
+            _time(config, cluster, wish, machines, findings)
+        findings.forget_about(composed.lost, but=composed.problems)
+    name = config.model.name if config else None
+    report = Report(processes, how_many, name, words, findings.all)
+    report.origins = list(composed.origins.values())
+    report.seconds = time.perf_counter() - began
+    return report
+
+
+def _nonsense_is_told() -> AbstractContextManager[None]:
+    return suppress(ArithmeticError, ValueError)
+
+
+def _time(
+    config: PretrainConfig,
+    cluster: ClusterConfig | None,
+    wish: Wish,
+    machines: Machines,
+    findings: Findings,
+) -> None:
+    """The job, where there is to be one, and the time it has."""
+    own = config.fault_tolerance.walltime
+    if cluster is not None:
+        python = cluster.python or sys.executable
+        job = Job(
+            config=config,
+            cluster=cluster,
+            nodes=_nodes(wish, machines),
+            words=wish.training,
+            folder=Path.cwd(),
+            python=python,
+        )
+        check_job(job, findings)
+        setting = f"cluster.walltime={cluster.walltime}"
+        check_time(config, walltime_seconds(cluster.walltime), setting, findings)
+    elif own is not None:
+        check_time(config, walltime_seconds(own), f"fault_tolerance.walltime={own}", findings)
+
+
+def _config(composed: Composition, findings: Findings) -> PretrainConfig | None:
+    """The settings as far as they can be had, with what their own classes say of them."""
+    if composed.cfg is None:
+        return None
+    config, problems = build(composed.cfg, composed.words)
+    if left_out_a_model(composed):
+        problems = [line for line in problems if not line.startswith("no model is chosen")]
+    findings.errors("settings", problems)
+    return config
+
+
+def _cluster(wish: Wish, findings: Findings) -> ClusterConfig | None:
+    if wish.cluster is None and not wish.settings:
+        return None
+    try:
+        return load_cluster(wish.cluster, wish.settings)
+    except ConfigError as error:
+        findings.errors("slurm", error.problems)
+        return None
+
+
+def _nodes(wish: Wish, machines: Machines) -> int:
+    return machines.nodes or wish.nodes
+
+
+def _processes(
+    config: PretrainConfig | None,
+    wish: Wish,
+    machines: Machines,
+    cluster: ClusterConfig | None,
+    findings: Findings,
+) -> tuple[int, str]:
+    """How many processes the run has, and why so many."""
+    nodes = _nodes(wish, machines)
+    if machines.processes is not None:
+        return machines.processes, "--processes"
+    if machines.gpus_per_node is not None:
+        many = nodes * machines.gpus_per_node
+        return many, f"{nodes} nodes x {machines.gpus_per_node}"
+    if cluster is not None:
+        return nodes * cluster.processes, f"nodes={nodes} x {cluster.processes} of the cluster"
+    if nodes > 1:
+        findings.errors(
+            "layout",
+            [
+                f"nodes={nodes}: how many processes has a node? Add cluster=NAME, or "
+                "--gpus-per-node 8"
+            ],
+        )
+    fewest = _fewest(config)
+    return fewest, "the fewest of this layout; --processes N or cluster=NAME say otherwise"
+
+
+def _fewest(config: PretrainConfig | None) -> int:
+    if config is None:
+        return 1
+    sizes = config.parallel
+    dense = (
+        sizes.tensor_model_parallel_size
+        * sizes.context_parallel_size
+        * sizes.pipeline_model_parallel_size
+    )
+    experts = (
+        sizes.expert_model_parallel_size
+        * sizes.expert_tensor_parallel_size
+        * sizes.pipeline_model_parallel_size
+    )
+    return max(1, math.lcm(max(1, dense), max(1, experts)))
+
+
+def _layout(config: PretrainConfig, processes: int, findings: Findings) -> bool:
+    """Holds the settings against the rules across rooms; whether no rule at all is broken."""
+    known = [finding.text for finding in findings.of(ERROR)]
+    broken = [
+        problem.replace(" started;", " planned;").replace(" with torchrun --nproc-per-node", "")
+        for problem in broken_rules_across_rooms(config, processes, known)
+    ]
+    of_layout = [line for line in broken if line.startswith(_LAYOUT_SETTINGS)]
+    findings.errors("layout", of_layout)
+    findings.errors("settings", [line for line in broken if line not in of_layout])
+    if of_layout:
+        try:
+            words = nearest_layout(config, processes)
+        except (ArithmeticError, ValueError):  # sizes of 0 and the like, told already
+            words = []
+        if words:
+            findings.notes(
+                "layout",
+                [f"the nearest layout that works on {processes} processes: {' '.join(words)}"],
+            )
+    return not broken and not known
+
+
+if __name__ == "__main__":
+    sys.exit(main())

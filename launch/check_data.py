@@ -1,0 +1,326 @@
+"""Is the text there, whole, of the right tokenizer, and enough? Looks, and builds nothing."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.config import DataConfig, RatioUnit, Verify, Weighting
+from data.corpus import BadDocument, ReadOptions, corpus_files, parse_block, read_blocks
+from data.language_mixture import LanguageMixture
+from data.open_mixture import built_stores, open_mixture, open_tokenizer
+from data.packing_config import PackingConfig
+from data.plan import Plan, make_plan, shortfalls
+from data.token_store import TokenStore, dtype_for
+from data.tokenize_corpus import DEMO_CORPUS
+from data.tokenizer import Tokenizer
+from data.verify import verify_stores
+from launch.findings import Findings
+from pretrain.config import PretrainConfig
+from pretrain.run_identity import vocabulary_of
+
+TOPIC = "data"
+# Of a corpus that is not tokenized yet: up to so many bytes are hashed to find its stores, and of
+# so many files the first documents are read.
+_HASHED_BYTES = 64 << 20
+_FILES_LOOKED_INTO = 20
+_LOOKED_AT_BYTES = 1 << 16
+_IDS_LOOKED_AT = 1 << 16
+# passes over a language, above which we speak up
+_MANY_EPOCHS = 40
+
+
+@dataclass
+class DataFacts:
+    """What other checks need to know of the data; None: not known."""
+
+    vocab_size: int | None = None  # the model's, before padding
+    fingerprint: dict[str, Any] | None = None  # of the stream of samples
+
+
+def check_data(config: PretrainConfig, facts: DataFacts, findings: Findings) -> None:
+    """Looks at tokenizer, token stores or corpus, mixture, and supply for the steps planned; fills
+    in `facts`."""
+    facts.vocab_size = config.model.vocab_size
+    store_dir = Path(config.data.store_dir).expanduser() if config.data.store_dir else None
+    if store_dir is not None and not (store_dir / "train").is_dir():
+        findings.errors(
+            TOPIC,
+            [
+                f"data.store_dir={config.data.store_dir}: no folder with a train/ folder of token "
+                "stores in it; python -m data.tokenize makes one"
+            ],
+        )
+        return
+    tokenizer = _tokenizer(config.data, findings)
+    if tokenizer is not None:
+        try:
+            facts.vocab_size = vocabulary_of(config.model, tokenizer.vocab_size, tokenizer.path)
+        except ValueError as error:
+            findings.errors(TOPIC, [str(error)])
+        findings.warnings(TOPIC, _unused_rows(config, tokenizer))
+    if store_dir is not None:
+        found: Path | None = store_dir
+    else:
+        found = _stores_of_corpus(config.data, tokenizer, findings)
+    if found is not None and _whole(found, config.data, findings):
+        _open(config, found, tokenizer, facts, findings)
+
+
+def _tokenizer(config: DataConfig, findings: Findings) -> Tokenizer | None:
+    try:
+        return open_tokenizer(config)
+    except (OSError, ValueError, ModuleNotFoundError) as error:
+        findings.errors(TOPIC, [str(error)])
+        return None
+
+
+def _unused_rows(config: PretrainConfig, tokenizer: Tokenizer) -> list[str]:
+    wanted, needed = config.model.vocab_size, tokenizer.vocab_size
+    multiple = config.model.make_vocab_size_divisible_by
+    if wanted is None or wanted <= 1.1 * needed + multiple:
+        return []
+    return [
+        f"model.vocab_size={wanted} has {wanted - needed:,} rows more than the tokenizer's "
+        f"vocabulary of {needed} ({tokenizer.path}): no text trains them; leave it out, or use "
+        f"model.vocab_size={needed}"
+    ]
+
+
+# ---- a corpus, tokenized already or not
+
+
+def _stores_of_corpus(
+    config: DataConfig, tokenizer: Tokenizer | None, findings: Findings
+) -> Path | None:
+    """The folder of its token stores, where they have been made."""
+    corpus = Path(config.corpus).expanduser() if config.corpus else DEMO_CORPUS
+    try:
+        files = corpus_files(corpus)
+    except (OSError, ValueError) as error:
+        findings.errors(TOPIC, [str(error)])
+        return None
+    size = sum(path.stat().st_size for path in files)
+    if tokenizer is not None and size <= _HASHED_BYTES:
+        folder = built_stores(config, tokenizer)
+        if folder is not None:
+            return folder
+    findings.notes(
+        TOPIC,
+        [
+            f"data.corpus={config.corpus or corpus.name}: {len(files)} files of {size / 1e6:,.1f} "
+            "MB; they are tokenized when the run starts, if that has not been done: languages, "
+            "ratios and supply are not checked here. python -m data.tokenize does it beforehand"
+        ],
+    )
+    findings.errors(TOPIC, _bad_documents(files[:_FILES_LOOKED_INTO]))
+    return None
+
+
+def _bad_documents(files: list[Path]) -> Iterator[str]:
+    """The first thing that is wrong with the beginning of each file."""
+    options = ReadOptions()
+    for path in files:
+        try:
+            block, _ = next(read_blocks(path, options, _LOOKED_AT_BYTES), (None, 0))
+            documents = parse_block(block, options) if block is not None else iter(())
+            bad = next((one for one in documents if isinstance(one, BadDocument)), None)
+        except (OSError, ValueError, ModuleNotFoundError) as error:
+            yield str(error)
+            continue
+        if block is None:
+            yield f"{path}: holds no document; remove it, or write the text again"
+        elif bad is not None:
+            yield f"{bad}; mend or remove the document"
+
+
+# ---- token stores
+
+
+def _whole(folder: Path, config: DataConfig, findings: Findings) -> bool:
+    """Whether the stores are what was written there, as far as a run looks before it starts."""
+    try:
+        problems = verify_stores(folder, full=False)
+    except OSError as error:
+        findings.errors(TOPIC, [str(error)])
+        return False
+    findings.errors(
+        TOPIC,
+        [
+            f"{problem}; put the store back from a copy, or tokenize again (python -m data.verify "
+            f"{folder} reads all of it)"
+            for problem in problems
+        ],
+    )
+    if config.verify is Verify.none:
+        findings.warnings(
+            TOPIC,
+            ["data.verify=none: a run would train on damaged stores; use quick, which is free"],
+        )
+    return not problems
+
+
+def _open(
+    config: PretrainConfig,
+    folder: Path,
+    tokenizer: Tokenizer | None,
+    facts: DataFacts,
+    findings: Findings,
+) -> None:
+    data = replace(config.data, verify=Verify.none, store_dir=str(folder))
+    if data.packing.needs_plan:  # computing one takes minutes, and writes it
+        data = replace(data, packing=PackingConfig())
+        findings.notes(
+            TOPIC,
+            [
+                f"data.packing.mode={config.data.packing.mode.value}: epochs are counted here as "
+                "with concatenate, and the order of samples is not compared with a checkpoint's"
+            ],
+        )
+    with _warnings_of_data() as said:
+        try:
+            opened = open_mixture(data, config.seq_length, check_tokenizer=False)
+        except (OSError, ValueError) as error:
+            findings.errors(TOPIC, str(error).splitlines())
+            return
+    findings.warnings(TOPIC, said)
+    mixture = opened.mixture
+    if data.packing is config.data.packing:
+        facts.fingerprint = mixture.fingerprint()
+    if not opened.validation_stores:
+        findings.errors(
+            TOPIC,
+            [
+                f"{opened.folder} has no validation stores; raise data.validation_fraction="
+                f"{data.validation_fraction:g} so that some documents fall into validation, or "
+                "give a data.store_dir with a validation folder"
+            ],
+        )
+    for store in [*mixture.stores, *opened.validation_stores]:
+        findings.errors(TOPIC, _wrong_ids(store))
+        if tokenizer is not None:
+            findings.errors(TOPIC, _other_tokenizer(store, tokenizer, data))
+    _supply(config, mixture, findings)
+
+
+def _wrong_ids(store: TokenStore) -> list[str]:
+    """Ids that the store's type or vocabulary does not hold; looks at both ends of it."""
+    info, found = store.info, []
+    if store.dtype.itemsize < np.dtype(dtype_for(info.vocab_size)).itemsize:
+        found.append(
+            f"{store.prefix}: ids are stored as {info.dtype}, which ends at 65,535, and the "
+            f"vocabulary has {info.vocab_size}; tokenize again"
+        )
+    ends = (0, max(0, store.tokens - _IDS_LOOKED_AT))
+    highest = max(
+        int(store.read(start, min(start + _IDS_LOOKED_AT, store.tokens)).max()) for start in ends
+    )
+    if highest >= info.vocab_size:
+        found.append(
+            f"{store.prefix}: holds the id {highest}, outside the vocabulary of {info.vocab_size}; "
+            "it was written with another tokenizer: tokenize again"
+        )
+    return found
+
+
+def _other_tokenizer(store: TokenStore, tokenizer: Tokenizer, config: DataConfig) -> list[str]:
+    try:
+        store.check_tokenizer(tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.path)
+    except ValueError as error:
+        return [str(error)]
+    if store.info.eod_id != tokenizer.eod_id:
+        return [
+            f"{store.prefix}: documents end in id {store.info.eod_id}, and data.eod_token="
+            f"{config.eod_token} is id {tokenizer.eod_id}; leave data.eod_token out, or tokenize "
+            "again with it"
+        ]
+    return []
+
+
+@contextmanager
+def _warnings_of_data() -> Iterator[list[str]]:
+    """What the data room logs as warnings meanwhile, instead of having it printed."""
+    said: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("data")
+    before = logger.propagate
+    logger.addHandler(handler)
+    logger.propagate = False
+    try:
+        yield said
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = before
+
+
+# ---- how much of it
+
+
+def _supply(config: PretrainConfig, mixture: LanguageMixture, findings: Findings) -> None:
+    rules, train = config.data.mixture, config.train
+    samples = train.train_steps * train.global_batch_size
+    plan = make_plan(mixture, rules, samples, global_batch_size=train.global_batch_size)
+    ends, beyond = shortfalls(plan)
+    findings.errors(TOPIC, ends)
+    findings.warnings(TOPIC, beyond)
+    repeated, never = _odd_rows(plan)
+    if config.data.corpus or config.data.store_dir:
+        findings.warnings(TOPIC, [*repeated, *never])
+    else:
+        findings.notes(
+            TOPIC,
+            [
+                "data.corpus and data.store_dir are empty: the run trains on the little text that "
+                "ships with the package",
+                *repeated,
+                *never,
+            ],
+        )
+    tokens = samples * mixture.seq_length
+    findings.warnings(
+        TOPIC,
+        [
+            f"data.mixture.stages[{number}].from_tokens={stage.from_tokens} is beyond the "
+            f"{tokens:,} tokens of the run (train.train_steps={train.train_steps}): the stage "
+            "never begins; it counts tokens, not steps"
+            for number, stage in enumerate(rules.stages)
+            if stage.from_tokens >= tokens
+        ],
+    )
+    budget = rules.budget
+    in_tokens = rules.weighting is Weighting.unimax and rules.unit is RatioUnit.tokens
+    if in_tokens and budget and not 0.5 <= budget / tokens <= 2:
+        findings.warnings(
+            TOPIC,
+            [
+                f"data.mixture.budget={budget:g} is not what the run draws, {tokens} tokens: "
+                f"ratios are made for another run; use data.mixture.budget={tokens}"
+            ],
+        )
+
+
+def _odd_rows(plan: Plan) -> tuple[list[str], list[str]]:
+    """What is said of languages repeated many times, and of those never drawn."""
+    languages = [row for row in plan.rows if row.language]
+    often = sorted(
+        (row for row in languages if row.epochs > _MANY_EPOCHS and not row.broken),
+        key=lambda row: -row.epochs,
+    )
+    repeated = []
+    if often:
+        most = ", ".join(f"{row.language} {row.epochs:,.0f} times" for row in often[:5])
+        repeated.append(
+            f"{len(often)} of {len(languages)} languages are drawn more than {_MANY_EPOCHS} times "
+            f"over in {plan.samples:,} samples: {most}; plan fewer steps, give more text, or set "
+            "data.mixture.max_epochs and data.mixture.when_exhausted=redistribute"
+        )
+    never = [row.language for row in languages if row.asked > 0 and not row.planned_samples]
+    return repeated, [
+        f"{', '.join(never)}: never drawn in {plan.samples:,} samples, because the share is less "
+        "than one sample; raise the ratio, or leave out with data.mixture.drop_languages"
+    ] * bool(never)

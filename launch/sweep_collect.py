@@ -1,0 +1,105 @@
+"""The table of a sweep, out of the folders of its finished runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from data.config import DataConfig
+from data.open_mixture import open_mixture
+from data.packed_sequences import PackedSequences, RowReader, Tail
+from data.scaling_law.design import PlannedRun
+from data.scaling_law.runs_table import RunsTable, make_table
+from launch.sweep_folder import DONE, FAILED, SweepFolder, compose_run
+from pretrain.config import PretrainConfig
+from pretrain.tracker import METRICS_FILE, read_metrics
+
+
+def collect(folder: SweepFolder) -> tuple[RunsTable, list[str]]:
+    """The table of the finished runs, and a line for each run that is not in it.
+
+    A family's ratio is what was drawn, its loss that of the evaluation after the last step. A
+    failed run has rows with the planned ratios and without losses. Raises ValueError where there
+    is nothing to collect.
+    """
+    rows: list[dict[str, Any]] = []
+    left_out: list[str] = []
+    eval_tokens: dict[str, Mapping[str, int]] = {}
+    for name, state in folder.states().items():
+        run = folder.by_name[name]
+        if state == DONE:
+            if run.model not in eval_tokens:
+                eval_tokens[run.model] = evaluation_tokens(compose_run(folder, name))
+            try:
+                rows += finished_rows(folder, run, eval_tokens[run.model])
+            except ValueError as error:
+                left_out.append(f"{name}: {error}")
+        elif state == FAILED:
+            left_out.append(f"{name}: {folder.last_attempts()[name]['reason']}")
+            rows += [_row(run, family, run.ratios[family]) for family in folder.config.families]
+        else:
+            left_out.append(f"{name}: {state}")
+    if not rows:
+        raise ValueError(f"{folder.path}: none of its {len(folder.runs)} runs is finished yet")
+    return make_table(rows), left_out
+
+
+def finished_rows(
+    folder: SweepFolder, run: PlannedRun, eval_tokens: Mapping[str, int]
+) -> list[dict[str, Any]]:
+    """A row for each family. Raises ValueError where the run's metrics lack something."""
+    path = folder.run_dir(run.name) / METRICS_FILE
+    last: dict[str, Any] = {}
+    for record in read_metrics(path) if path.is_file() else ():
+        if record["step"] == run.train_steps:
+            last |= record
+    rows = []
+    drawn = {f: last.get(f"data/family/{f}/tokens", math.nan) for f in folder.config.families}
+    if math.isnan(all_drawn := sum(drawn.values())) or "eval/loss" not in last:
+        raise ValueError(
+            f"{path} has no evaluation or no tokens by family at step {run.train_steps}; remove "
+            f"{path.parent} and run the sweep again"
+        )
+    for family in folder.config.families:
+        row = _row(run, family, drawn[family] / all_drawn)
+        row["loss"] = last[f"eval/family/{family}/loss"]
+        row["epochs"] = last[f"data/family/{family}/epochs"]
+        row["eval_tokens"] = eval_tokens[family]
+        rows.append(row)
+    return rows
+
+
+def _row(run: PlannedRun, family: str, ratio: float) -> dict[str, Any]:
+    values = {
+        name: getattr(run, name)
+        for name in ("model", "num_parameters", "tokens", "seed", "purpose")
+    }
+    empty = {"loss": math.nan, "eval_tokens": 0, "epochs": 0.0}
+    return {"run": run.name, **values, "family": family, "ratio": ratio, **empty}
+
+
+def evaluation_tokens(config: PretrainConfig) -> dict[str, int]:
+    """Validation tokens of each family that an evaluation of the run goes through."""
+    opened = open_mixture(config.data, config.seq_length)
+    tokens = dict.fromkeys(opened.mixture.families, 0)
+    for store in opened.validation_stores:
+        packed = PackedSequences(
+            store, config.seq_length, Tail.pad, opened.mixture.packing, opened.mixture.plan_folder
+        )
+        numbers = np.arange(min(config.train.eval_sequences, len(packed)))
+        rows = RowReader([packed]).read(np.zeros_like(numbers), numbers)
+        valid = rows.valid if rows.label_mask is None else rows.label_mask
+        tokens[opened.mixture.family_of[store.language]] += int(valid.sum())
+    return tokens
+
+
+def family_tokens(config: DataConfig, seq_length: int) -> dict[str, int]:
+    """Training tokens that each family has."""
+    opened = open_mixture(config, seq_length)
+    sizes = dict.fromkeys(opened.mixture.families, 0)
+    for packed in opened.mixture.sequences:
+        sizes[opened.mixture.family_of[packed.store.language]] += len(packed) * seq_length
+    return sizes

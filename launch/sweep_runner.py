@@ -1,0 +1,210 @@
+"""Runs a sweep's trainings on this machine, several at a time, each a process of its own.
+
+The longest runs come first, so that the last ones to end are short and no core idles for long.
+Whatever ends this process, the trainings end too, saving first where they can: Ctrl-C and SIGTERM
+are handed on to them, and the kernel signals them should this process be killed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from data.folder_lock import FolderLock, describe_holder
+from launch.sweep_folder import (
+    CARRIED_ON,
+    DONE,
+    FAILED,
+    RUNNING,
+    SweepFolder,
+    run_seconds,
+)
+from pretrain.progress import format_duration
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+LOG_FILE = "output.log"  # in a run's folder, of all its starts
+POLL_SECONDS = 0.2
+# An earlier runner's training that is still saving: so long it may hold its run folder.
+WAIT_FOR_FOLDER = 60.0
+_SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
+
+
+@dataclass
+class Started:
+    """A training at work."""
+
+    name: str
+    process: subprocess.Popen[bytes]
+    began: float
+
+
+@dataclass
+class Runner:
+    """Runs what is left of a sweep. `run` returns whether all of it is finished."""
+
+    folder: SweepFolder
+    jobs: int
+    threads: int
+    retry: bool = False
+    keep_checkpoints: bool = False
+    say: Callable[[str], None] = print
+    script: Path = REPOSITORY / "launch" / "pretrain.py"  # what trains a run
+    _signal: int = 0
+    _working: list[Started] = field(default_factory=list)
+    _cpu_seconds: float = 0.0
+
+    def run(self) -> bool:
+        """Raises FolderBusyError where another runner is at work on the sweep."""
+        with FolderLock(self.folder.path):
+            before = {
+                number: signal.signal(number, self._stop)
+                for number in (signal.SIGINT, signal.SIGTERM)
+            }
+            try:
+                return self._run()
+            finally:
+                self._end_all()
+                for number, handler in before.items():
+                    signal.signal(number, handler)
+
+    def _run(self) -> bool:
+        began = time.monotonic()
+        states = self.folder.states()
+        wanted = (*CARRIED_ON, RUNNING, *((FAILED,) if self.retry else ()))
+        queue = [run for run in self.folder.runs if states[run.name] in wanted]
+        config = self.folder.config
+        queue.sort(key=lambda run: -run_seconds(config, run))
+        done = sum(state == DONE for state in states.values())
+        self.say(f"{done} of {len(states)} runs are finished, {len(queue)} to go")
+        while (queue or self._working) and not (self._signal and not self._working):
+            while queue and len(self._working) < self.jobs and not self._signal:
+                self._start(queue.pop(0).name)
+            self._reap()
+            time.sleep(POLL_SECONDS)
+        self._summary(time.monotonic() - began)
+        return all(state == DONE for state in self.folder.states().values())
+
+    def _start(self, name: str) -> None:
+        run_dir = self.folder.run_dir(name)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        give_up = time.monotonic() + WAIT_FOR_FOLDER
+        while describe_holder(run_dir) and time.monotonic() < give_up and not self._signal:
+            time.sleep(POLL_SECONDS)
+        threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(self.threads))
+        with open(run_dir / LOG_FILE, "ab") as log:
+            process = subprocess.Popen(
+                [sys.executable, str(self.script), *self.folder.words([name])],
+                env=os.environ | threads,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C reaches them through this process alone
+                preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+            )
+        self._working.append(Started(name, process, time.time()))
+
+    def _reap(self) -> None:
+        """Notes the trainings that have ended, and what they cost."""
+        for started in list(self._working):
+            pid, status, usage = os.wait4(started.process.pid, os.WNOHANG)
+            if not pid:
+                continue
+            started.process.returncode = code = os.waitstatus_to_exitcode(status)
+            self._working.remove(started)
+            self._note(started, code, usage.ru_utime + usage.ru_stime)
+
+    def _note(self, started: Started, code: int, cpu_seconds: float) -> None:
+        name, seconds = started.name, time.time() - started.began
+        self._cpu_seconds += cpu_seconds
+        state = self.folder.states()[name] if code == 0 else ""
+        # a signal's number is negative; 75: stopped before its end, after saving
+        failed = code > 0 and code != os.EX_TEMPFAIL
+        reason = self._last_line(name) if failed else ""
+        self.folder.record(
+            {
+                "run": name,
+                "began": round(started.began, 3),
+                "seconds": round(seconds, 3),
+                "cpu_seconds": round(cpu_seconds, 3),
+                "exit_code": code,
+                "failed": failed,
+                "reason": reason,
+            }
+        )
+        if state == DONE:
+            if not self.keep_checkpoints:
+                shutil.rmtree(self.folder.run_dir(name) / "checkpoints", ignore_errors=True)
+            self.say(f"{name}: finished in {format_duration(seconds)}, {cpu_seconds:.0f} CPU-s")
+        elif failed:
+            self.say(f"{name}: FAILED with exit code {code}: {reason}")
+        else:
+            self.say(f"{name}: stopped (exit code {code}), goes on from its last checkpoint")
+
+    def _last_line(self, name: str) -> str:
+        path = self.folder.run_dir(name) / LOG_FILE
+        lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        told = [line for line in lines if line.startswith("error")] or lines
+        return told[-1][:500] if told else "it said nothing"
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        second = bool(self._signal)
+        self._signal = number
+        for started in self._working:
+            with suppress(ProcessLookupError):
+                started.process.send_signal(signal.SIGKILL if second else signal.SIGTERM)
+        if self._working and not second:
+            self.say(
+                f"{signal.Signals(number).name}: {len(self._working)} runs finish their step and "
+                "save; once more ends them at once"
+            )
+
+    def _end_all(self) -> None:
+        """Of an error here: no training is left behind."""
+        for started in self._working:
+            with suppress(ProcessLookupError):
+                started.process.terminate()
+        for started in self._working:
+            with suppress(ChildProcessError):
+                started.process.wait()
+
+    def _summary(self, seconds: float) -> None:
+        states = self.folder.states()
+        count = {state: list(states.values()).count(state) for state in set(states.values())}
+        cores = min(self.jobs * self.threads, usable_cores())
+        used = self._cpu_seconds / (cores * seconds) if seconds else 0
+        self.say(
+            f"{count.get(DONE, 0)} of {len(states)} runs finished; {format_duration(seconds)}, "
+            f"{self._cpu_seconds:,.0f} CPU-s of trainings, {used:.0%} of {cores} cores"
+        )
+        failed = [name for name, state in states.items() if state == FAILED]
+        for name, attempt in self.folder.last_attempts().items():
+            if name in failed:
+                self.say(f"  failed: {name}: {attempt['reason']}")
+        if failed:
+            self.say(f"--retry runs failed ones again; their logs: runs/NAME/{LOG_FILE}")
+        if count.get(DONE, 0) + len(failed) < len(states):
+            self.say(f"to go on: python -m launch.sweep run {self.folder.path}")
+
+
+def _end_with_parent() -> None:
+    """In the child, before it becomes the training: SIGTERM when the parent dies, however."""
+    libc: Any = ctypes.CDLL(None)
+    libc.prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)
+
+
+def usable_cores() -> int:
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on Linux
+        return os.cpu_count() or 1

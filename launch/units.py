@@ -1,0 +1,67 @@
+"""What a number that no setting takes was meant to be: 300B, 1e6 for a count, 10min, 1,000."""
+
+import re
+from typing import Any
+
+_FACTORS = {"k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12}
+_NUMBER = r"[+-]?\d[\d_]*(?:\.\d*)?(?:e[+-]?\d+)?"
+_SECONDS = {
+    **dict.fromkeys(("s", "sec", "second", "seconds"), 1.0),
+    **dict.fromkeys(("m", "min", "minute", "minutes"), 60.0),
+    **dict.fromkeys(("h", "hr", "hour", "hours"), 3600.0),
+    **dict.fromkeys(("d", "day", "days"), 86400.0),
+}
+
+
+def number_meant(setting: str, text: str, kinds: tuple[Any, ...]) -> str | None:
+    """The number to type instead of `text` for a setting of one of these types, or what it counts.
+
+    None where `text` is no number with a unit.
+    """
+    if not {int, float} & set(kinds):
+        return None
+    text = text.strip().strip("'\"").lower()
+    whole = float not in kinds
+    if setting.endswith("_seconds") and (seconds := _seconds(text)) is not None:
+        return f"it is in seconds: {setting}={seconds:g}"
+    value = _plain_number(text)
+    if value is None:
+        if _seconds(text) is not None:
+            return f"it counts {_what(setting)}, not time"
+        return None
+    if whole and 0 < value < 1:
+        return f"it counts {_what(setting)} and is no share of them"
+    if whole and value != int(value):
+        return None
+    return f"write {setting}={int(value) if whole or value == int(value) else f'{value:g}'}"
+
+
+def _plain_number(text: str) -> float | None:
+    """1,000 · 300b · 1e6 · 1% as numbers."""
+    if re.fullmatch(r"\d{1,3}(,\d{3})+(\.\d+)?", text):
+        return float(text.replace(",", ""))
+    found = re.fullmatch(rf"({_NUMBER})\s*([kmgbt%]?)(?:tokens|tok|iters|it|steps)?", text)
+    if found is None:
+        return None
+    number = float(found[1].replace("_", ""))
+    return number / 100 if found[2] == "%" else number * _FACTORS.get(found[2], 1.0)
+
+
+def _seconds(text: str) -> float | None:
+    """10min, 2h, 90 s, 00:10:00 in seconds."""
+    if clock := re.fullmatch(r"(?:(\d+):)?(\d{1,2}):(\d{2})", text):
+        return 3600 * int(clock[1] or 0) + 60 * int(clock[2]) + int(clock[3])
+    found = re.fullmatch(rf"({_NUMBER})\s*([a-z]+)", text)
+    if found is None or found[2] not in _SECONDS:
+        return None
+    return float(found[1].replace("_", "")) * _SECONDS[found[2]]
+
+
+def _what(setting: str) -> str:
+    """What a whole number counts, by the setting's name."""
+    name = setting.rpartition(".")[2]
+    if name.endswith(("_steps", "_interval", "_warmup", "_window")) or name == "keep_every":
+        return "steps"
+    if name.endswith(("batch_size", "_sequences")):
+        return "sequences"
+    return "whole things"

@@ -1,0 +1,273 @@
+"""launch.check as a command: what it prints and returns, and the parts it is made of."""
+
+import json
+import re
+import resource
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from data.open_mixture import DEMO_TOKENIZER
+from data.tokenizer import load_tokenizer
+from launch.check import Machines, check, main
+from launch.check_disk import checkpoint_bytes, kept_at_once
+from launch.composition import COMMAND_LINE, DEFAULT, compose_what_fits
+from launch.findings import ERROR
+from launch.nearest_layout import nearest_layout
+from launch.schema import load
+from launch.units import number_meant
+from parallel.checkpoint_reader import CheckpointReader
+from pretrain.config import CheckpointConfig, TrainConfig, validate
+from tests.launch.broken_files import SMALL, BrokenFiles
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = ["+model=magneto_tiny", "wandb.mode=disabled", "data.seq_length=64"]
+# CPU seconds of the whole command on a machine that others use as well; 1.4 alone
+MOST_SECONDS = 5.0
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return f"data.store_dir={BrokenFiles(tmp_path_factory.mktemp('sound')).path('stores')}"
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def test_it_imports_no_torch_and_is_quick(stores: str) -> None:
+    words = [*TINY, stores, "train.train_steps=10", "parallel=tp2", "--device", "h100-80gb"]
+    code = (
+        "import sys; from launch.check import main; status = main(sys.argv[1:]); "
+        "print('HEAVY', *(m for m in ('torch', 'megatron', 'wandb', 'matplotlib') "
+        "if m in sys.modules)); sys.exit(status)"
+    )
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    ended = subprocess.run(
+        [sys.executable, "-c", code, *words],
+        capture_output=True,
+        text=True,
+        env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert ended.stdout.splitlines()[-1] == "HEAVY"
+    assert after.ru_utime - before.ru_utime < MOST_SECONDS
+
+
+def test_exit_status(stores: str, capsys: pytest.CaptureFixture[str]) -> None:
+    sound = [*TINY, stores, "train.train_steps=10"]
+    warned = [*sound, "schedule.lr_warmup_steps=10"]
+    assert main(sound) == 0
+    assert main([*sound, "--strict"]) == 0
+    assert main(warned) == 0
+    assert main([*warned, "--strict"]) == 1
+    assert main([*warned, "optimizer.lr=0", "--strict"]) == 2
+    told = capsys.readouterr()
+    assert told.err == ""
+    assert "sound: 0 errors, 1 warnings" in told.out
+    assert "NOT SOUND: 1 errors, 1 warnings" in told.out
+
+
+@pytest.mark.parametrize("option", ["--processes", "--nodes", "--gpus-per-node"])
+def test_no_number_of_processes(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main([*TINY, option, "0"])
+    assert "0 must be a whole number, 1 or more, as in 8" in capsys.readouterr().err
+
+
+def test_how_many_processes(stores: str) -> None:
+    words = [*TINY, stores, "train.train_steps=10", "parallel=tp2_pp2"]
+    assert check(words).processes == 4
+    assert check(words, Machines(processes=8)).processes == 8
+    assert check(words, Machines(nodes=2, gpus_per_node=4)).processes == 8
+    assert (
+        check(
+            [*words, "nodes=2", "cluster=gpu8_infiniband", "train.global_batch_size=16"]
+        ).processes
+        == 16
+    )
+
+
+def test_json_has_settings_and_where_they_come_from(
+    stores: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*TINY, stores, "parallel=tp2_pp2", "train.global_batch_size=3", "--processes", "8"]
+    assert main([*words, "--json"]) == 2
+    told = json.loads(capsys.readouterr().out)
+    assert told["sound"] is False and told["processes"] == 8
+    (error,) = [one for one in told["findings"] if one["severity"] == ERROR]
+    assert error["topic"] == "layout"
+    assert error["settings"]["train.global_batch_size"] == {"value": 3, "from": COMMAND_LINE}
+    assert error["settings"]["train.micro_batch_size"] == {"value": 1, "from": DEFAULT}
+    layout = told["settings"]["parallel.pipeline_model_parallel_size"]
+    assert layout == {"value": 2, "from": "conf/parallel/tp2_pp2.yaml"}
+
+
+def test_what_is_printed(stores: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*TINY, stores, "parallel=tp2_pp2", "train.global_batch_size=3", "--processes", "8"]
+    main(words)
+    told = capsys.readouterr().out
+    assert told.startswith("magneto_tiny on 8 processes (--processes)\nerror:   layout: train.glob")
+    assert "         (train.micro_batch_size is the default)" in told
+    assert re.search(r"parallel.pipeline_model_parallel_size +2 +conf/parallel/tp2_pp2.yaml", told)
+    assert "adam_eps" not in told
+    main([*words, "--provenance"])
+    assert re.search(
+        r"optimizer.adam_eps +1e-08 +conf/optimizer/adamw.yaml", capsys.readouterr().out
+    )
+
+
+# ---- where values come from
+
+
+def test_origins(tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    (mine / "experiment").mkdir(parents=True)
+    (mine / "experiment" / "own.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - /model: pre_ln_tiny\n  - override /parallel: tp2\n"
+        "optimizer:\n  lr: 3e-4\ntrain:\n  train_steps: 77\n"
+    )
+    (tmp_path / "mix.yaml").write_text("weighting: uniform\n")
+    hidden = [f"hydra.searchpath=['file://{mine}']"]
+    words = ["+experiment=own", "train.train_steps=5", f"data/mixture={tmp_path / 'mix.yaml'}"]
+    found = compose_what_fits(words, hidden)
+    assert found.problems == [] and found.refused == []
+    sources = {name: origin.source for name, origin in found.origins.items()}
+    assert sources["train.train_steps"] == COMMAND_LINE
+    assert sources["optimizer.lr"] == str(mine / "experiment" / "own.yaml")
+    assert sources["optimizer.adam_beta2"] == "conf/optimizer/adamw.yaml"
+    assert sources["model.layer_norm_placement"] == "conf/model/pre_ln_tiny.yaml"
+    assert sources["model.num_layers"] == "conf/model/magneto_tiny.yaml"  # which that builds on
+    assert sources["parallel.tensor_model_parallel_size"] == "conf/parallel/tp2.yaml"
+    assert sources["data.mixture.weighting"] == str(tmp_path / "mix.yaml")
+    assert sources["data.mixture.alpha"] == DEFAULT  # the file stands for all of the mixture
+    assert sources["train.seed"] == DEFAULT
+    assert found.typed("optimizer.lr") and not found.typed("train.seed")
+
+
+def test_words_that_do_not_fit_leave_the_others_in() -> None:
+    made = compose_what_fits(
+        ["model=magneto_tiny", "train.steps=5", "optimizer.lr=x", "train.seed=7", "data/mixture=no"]
+    )
+    assert made.refused == [
+        "data/mixture=no",
+        "model=magneto_tiny",
+        "train.steps=5",
+        "optimizer.lr=x",
+    ]
+    assert made.words == ["+model=magneto_tiny", "train.seed=7"]  # what the error says to write
+    assert made.cfg is not None and made.cfg.train.seed == 7 and made.cfg.model.num_layers == 4
+    assert len(made.problems) == 4
+
+
+# ---- numbers
+
+
+@pytest.mark.parametrize(
+    ("setting", "text", "kind", "meant"),
+    [
+        ("data.mixture.budget", "300B", float, "write data.mixture.budget=300000000000"),
+        ("data.mixture.budget", "1.5T", float, "write data.mixture.budget=1500000000000"),
+        ("optimizer.weight_decay", "10%", float, "write optimizer.weight_decay=0.1"),
+        ("train.train_steps", "1e4", int, "write train.train_steps=10000"),
+        ("train.train_steps", "5k steps", int, None),
+        ("train.train_steps", "5ksteps", int, "write train.train_steps=5000"),
+        ("train.train_steps", "1,000", int, "write train.train_steps=1000"),
+        ("train.train_steps", "1.5", int, None),
+        ("train.train_steps", "0.5", int, "it counts steps and is no share of them"),
+        ("train.global_batch_size", "0.5", int, "it counts sequences and is no share of them"),
+        ("model.num_layers", "2h", int, "it counts whole things, not time"),
+        ("checkpoint.save_interval", "2h", int, "it counts steps, not time"),
+        ("a.b_seconds", "1.5h", float, "it is in seconds: a.b_seconds=5400"),
+        ("a.b_seconds", "01:00:30", float, "it is in seconds: a.b_seconds=3630"),
+        ("a.b_seconds", "2d", float, "it is in seconds: a.b_seconds=172800"),
+        ("a.b_seconds", "soon", float, None),
+        ("wandb.project", "300B", str, None),
+    ],
+)
+def test_numbers_that_were_meant(setting: str, text: str, kind: type, meant: str | None) -> None:
+    assert number_meant(setting, text, (kind,)) == meant
+
+
+# ---- layouts
+
+
+@pytest.mark.parametrize(
+    ("model", "words", "processes", "found"),
+    [
+        (
+            "magneto_1b",
+            ["parallel.tensor_model_parallel_size=3"],
+            8,
+            ["parallel.tensor_model_parallel_size=4"],
+        ),
+        (
+            "magneto_1b",
+            ["parallel.pipeline_model_parallel_size=5", "train.global_batch_size=16"],
+            8,
+            ["parallel.pipeline_model_parallel_size=4"],
+        ),
+        ("magneto_tiny", ["train.global_batch_size=10"], 8, ["train.global_batch_size=8"]),
+        (
+            "xmoe_tiny",
+            ["parallel.tensor_model_parallel_size=2"],
+            2,
+            ["parallel.sequence_parallel=true"],
+        ),
+    ],
+)
+def test_the_nearest_layout(model: str, words: list[str], processes: int, found: list[str]) -> None:
+    config = load([f"+model={model}", *words])
+    assert nearest_layout(config, processes) == found
+    better = load([f"+model={model}", *words, *found])
+    assert validate(better, processes).world_size == processes
+
+
+def test_no_layout_is_near() -> None:
+    config = load(["+model=magneto_tiny", "data.packing.reset_attention=true"])
+    parallel = replace(config.parallel, overlap_grad_reduce=False)
+    # what no size can mend
+    broken = replace(config, parallel=parallel, schedule=replace(config.schedule, min_lr=1.0))
+    assert nearest_layout(broken, 8) == []
+
+
+# ---- checkpoints and the disk
+
+
+@pytest.mark.parametrize(
+    ("steps", "checkpoint", "count"),
+    [
+        (1000, CheckpointConfig(save_interval=0), 1),
+        (1000, CheckpointConfig(save_interval=500), 2),
+        (10_000, CheckpointConfig(save_interval=500), 4),
+        (10_000, CheckpointConfig(save_interval=500, keep_last=0), 20),
+        (10_100, CheckpointConfig(save_interval=500, keep_last=0), 21),
+        (10_000, CheckpointConfig(save_interval=500, keep_every=2500), 8),
+        (10_000, CheckpointConfig(save_interval=500, keep_best=2), 6),
+        (2000, CheckpointConfig(save_interval=500, keep_last=30), 4),
+    ],
+)
+def test_how_many_checkpoints_lie_there_at_once(
+    steps: int, checkpoint: CheckpointConfig, count: int
+) -> None:
+    config = load(["+model=magneto_tiny"])
+    config = replace(config, checkpoint=checkpoint, train=TrainConfig(train_steps=steps))
+    assert kept_at_once(config) == count
+
+
+def test_the_size_of_a_checkpoint_is_that_on_the_disk(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    files = BrokenFiles(tmp_path_factory.mktemp("sizes"))
+    run = files.path("run")
+    step = run / "checkpoints" / "step_00000020"
+    # in files of this size headers count as well
+    on_disk = sum(tensor.bytes for tensor in CheckpointReader(step).tensors.values())
+    config = load([*SMALL, "parallel.precision=fp32"])
+    predicted = checkpoint_bytes(config, load_tokenizer(DEMO_TOKENIZER).vocab_size)
+    assert predicted == pytest.approx(on_disk, rel=0.01)

@@ -1,0 +1,158 @@
+"""Tensors are read straight into their memory, once, and what is not as it should be is refused."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from parallel import checkpoint_io, checkpoint_save
+from parallel.checkpoint_io import CheckpointError, DamageSearch
+from parallel.checkpoint_load import _FileReader
+from parallel.checkpoint_manifest import Progress
+from parallel.checkpoint_reader import CheckpointFormatError, CheckpointReader
+from parallel.megatron import ShardedTensor
+from tests.distributed import run_on_gloo
+
+W = torch.arange(256.0 * 1024).view(256, 1024)
+# what a rank of two fills, and along which axis it is half of the whole
+WANTED: dict[str, tuple[torch.Tensor, int | None]] = {
+    "whole": (torch.zeros(256, 1024), None),
+    "rows": (torch.zeros(128, 1024), 0),
+    "columns": (torch.zeros(256, 512), 1),
+    "another type": (torch.zeros(128, 1024, dtype=torch.bfloat16), 0),
+    "not in order": (torch.zeros(1024, 256).t(), None),
+}
+
+
+def sharded(tensor: torch.Tensor, axis: int | None = None) -> dict[str, Any]:
+    rank = dist.get_rank()
+    if axis is None:
+        return {"w": ShardedTensor.from_rank_offsets("w", tensor, replica_id=rank)}
+    return {"w": ShardedTensor.from_rank_offsets("w", tensor, (axis, rank, 2))}
+
+
+def save(folder: Path) -> None:
+    checkpoint_io.save(sharded(W), folder, metadata={})
+
+
+def load(folder: Path, search: DamageSearch | None = None) -> torch.Tensor:
+    return checkpoint_io.load(sharded(torch.zeros_like(W)), folder, search=search)["w"]
+
+
+def load_each(folder: Path) -> dict[str, bool]:
+    save(folder)
+    equal = {}
+    for kind, (target, axis) in WANTED.items():
+        loaded = checkpoint_io.load(sharded(target, axis), folder)["w"]
+        expected = W if axis is None else W.chunk(2, axis)[dist.get_rank()]
+        equal[kind] = torch.equal(loaded, expected.to(target.dtype))
+    return equal
+
+
+def test_blocks_types_and_orders(tmp_path: Path) -> None:
+    assert run_on_gloo(2, load_each, tmp_path / "c") == [dict.fromkeys(WANTED, True)] * 2
+
+
+def load_searching(folder: Path, changed: bool) -> tuple[int, list[str], bool]:
+    """Bytes read, what is wrong, and whether the numbers are right."""
+    save(folder)
+    (path,) = folder.glob("*.distcp")
+    if changed:
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    before, search = Progress.bytes, DamageSearch(folder)
+    loaded = load(folder, search=search)
+    read = Progress.bytes - before - path.stat().st_size
+    return read, search.result(), torch.equal(loaded, W)
+
+
+def test_the_checksum_is_of_what_was_loaded_and_costs_no_second_reading(tmp_path: Path) -> None:
+    assert run_on_gloo(1, load_searching, tmp_path / "sound", False) == [(0, [], True)]
+    [(read, wrong, right)] = run_on_gloo(1, load_searching, tmp_path / "changed", True)
+    assert read == 0 and not right
+    assert len(wrong) == 1 and wrong[0].startswith("__0_0.distcp has checksum ")
+
+
+def search_alone(folder: Path) -> tuple[list[str], list[str]]:
+    """What a search finds whose loader never came, or failed."""
+    save(folder)
+    (path,) = folder.glob("*.distcp")
+    never, failed = DamageSearch(folder), DamageSearch(folder)
+    assert failed.leave_to_loader({path.name, "another"}) == {path.name}
+    path.write_bytes(bytes(path.stat().st_size))
+    return never.result(), failed.result()
+
+
+def test_what_the_loader_left_out_is_compared_as_well(tmp_path: Path) -> None:
+    [(never, failed)] = run_on_gloo(1, search_alone, tmp_path / "c")
+    assert never == failed and never[0].startswith("__0_0.distcp has checksum ")
+
+
+class Harmful:
+    def __reduce__(self) -> Any:
+        return os.system, ("echo this must never run",)
+
+
+def of_a_larger_storage(tensor: torch.Tensor) -> Any:
+    return torch.cat([tensor, tensor])[: len(tensor)]
+
+
+def column_by_column(tensor: torch.Tensor) -> Any:
+    return tensor.t().contiguous().t()
+
+
+def cut_short(tensor: torch.Tensor) -> Any:
+    return tensor[:-1].clone()
+
+
+def harmful(tensor: torch.Tensor) -> Any:
+    return [Harmful(), tensor]
+
+
+def load_written_as(folder: Path, change: Any) -> Any:
+    """The tensor, or the error, where torch.save was given something else."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            checkpoint_save, "_save_tensor", lambda tensor, file: torch.save(change(tensor), file)
+        )
+        save(folder)
+    try:
+        return load(folder)
+    except CheckpointError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("change", [of_a_larger_storage, column_by_column])
+def test_pieces_in_other_forms_are_left_to_torch(tmp_path: Path, change: Any) -> None:
+    [loaded] = run_on_gloo(1, load_written_as, tmp_path / "c", change)
+    assert torch.equal(loaded, W)
+    (piece,) = CheckpointReader(tmp_path / "c").tensors["w"].pieces
+    assert CheckpointReader(tmp_path / "c").values(piece) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (cut_short, "should reach to [256, 1024], and has the shape [255, 1024]"),
+        (harmful, "names posix.system, which no checkpoint of ours has in it"),
+    ],
+)
+def test_pieces_that_are_not_what_the_index_says_are_refused(
+    tmp_path: Path, change: Any, expected: str
+) -> None:
+    [said] = run_on_gloo(1, load_written_as, tmp_path / "c", change)
+    assert isinstance(said, str) and expected in said
+
+
+def test_a_file_that_ends_early_is_damaged(tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(b"123")
+    with open(tmp_path / "f", "rb", buffering=0) as file:
+        reader = _FileReader(tmp_path / "f", file, checksum=False)
+        with pytest.raises(CheckpointFormatError, match="is damaged: it is cut off"):
+            reader.fill(memoryview(bytearray(4)))
