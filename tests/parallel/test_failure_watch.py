@@ -472,7 +472,7 @@ def test_ranks_that_cannot_reach_the_store_end_and_say_so(
 
 
 def threads_of_the_watch() -> list[str]:
-    with FailureWatch(initialize(ParallelConfig(), seed=1)):
+    with FailureWatch(initialize(ParallelConfig(), seed=1), hang_timeout_seconds=600):
         return [thread.name for thread in threading.enumerate() if "watch" in thread.name]
 
 
