@@ -30,6 +30,7 @@ from launch.mixture_file import with_mixture_files
 from launch.pretrain import refuse
 from launch.schema import CONF, CompositionError, explain, register, to_pretrain_config
 from parallel.config import ConfigError
+from parallel.deepspeed_config import EngineKind
 from pretrain.config import validate
 from pretrain.shrink import processes_needed, shrink
 
@@ -95,6 +96,11 @@ def _check(cfg: DictConfig, settings: VerifySettings) -> None:
         typed = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
         config = to_pretrain_config(cfg, cast(list[str], typed))
         validate(config, world_size=processes_needed(config.parallel))
+        if config.engine is not EngineKind.megatron:
+            raise ConfigError(
+                f"engine={config.engine.value}: launch/verify.py compares layouts of "
+                "engine=megatron only; leave engine and deepspeed.* out to check the layout alone"
+            )
         small = shrink(config, settings.processes)
     except ConfigError as error:
         refuse(error)

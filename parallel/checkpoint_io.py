@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from parallel import failure_watch, optimizer_state
 from parallel.checkpoint_load import reading_directly
+from parallel.checkpoint_manifest import NAME as MANIFEST_NAME
 from parallel.checkpoint_manifest import Entry, read_manifest, verify
 from parallel.checkpoint_reader import CheckpointReader
 from parallel.checkpoint_save import (
@@ -341,6 +342,9 @@ def _seen_at_once(folder: Path) -> list[str]:
     if sizes:
         return sizes
     names = read_manifest(folder)["files"]
+    unlisted = {path.name for path in folder.glob(f"*{TENSORS_SUFFIX}")} - set(names)
+    if unlisted:  # nothing could say whether they are whole
+        return [f"{name} is not in {MANIFEST_NAME}" for name in sorted(unlisted)]
     small = [name for name in names if not name.endswith(TENSORS_SUFFIX)]
     return verify(folder, names=small, unreadable_is_damage=False)
 

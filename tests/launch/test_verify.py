@@ -86,6 +86,7 @@ def test_a_defect_ends_with_exit_status_1(tmp_path: Path) -> None:
         (("verify.timeout_seconds=x",), "verify.timeout_seconds=x must be a number"),
         (("verify.timeout_seconds=0",), "verify.timeout_seconds=0.0 must be a finite number above"),
         (("verify.rocesses=2",), "verify.rocesses=2: there is no setting verify.rocesses; there"),
+        (("engine=deepspeed",), "compares layouts of engine=megatron only"),
         (("train.step=2",), "did you mean train.train_steps"),
     ],
 )

@@ -52,6 +52,10 @@ def truncate(path: Path) -> None:
     os.truncate(file, file.stat().st_size // 2)
 
 
+def add_a_file(path: Path) -> None:
+    (path / "__7_0.distcp").write_bytes(b"of another checkpoint")
+
+
 def flip_a_bit(path: Path) -> None:
     with open(path / "__1_0.distcp", "r+b") as file:
         file.seek(-2000, os.SEEK_END)
@@ -96,6 +100,7 @@ def folder(saved: Path, tmp_path: Path) -> Path:
     [
         (truncate, "__0_1.distcp has "),
         (flip_a_bit, "__1_0.distcp has checksum "),
+        (add_a_file, "__7_0.distcp is not in manifest.json"),
         (half_delete, "manifest.json is missing"),
         (lose_the_manifest, "manifest.json is missing"),
         (lose_the_name, "metadata.json is missing"),
