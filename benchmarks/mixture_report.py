@@ -59,7 +59,7 @@ def report(study: Path, out: Path) -> None:
             sections.append(partner_table(effects))
     if law is not None:
         sections += ["### The law", law_table(law, tables["main"])]
-        sections += ["### Checks", "```", *check_lines(tables["main"], law), "```"]
+        sections += ["### Checks", "\n".join(["```", *check_lines(tables["main"], law), "```"])]
         numbers["law"] = {f: asdict(one) for f, one in law.families.items()}
         numbers["quality"] = law.quality
     compared: list[MixtureResult] = []

@@ -1,13 +1,14 @@
 """Language code -> name, ISO 639 codes, scripts, family and stock: the table behind families.
 
 `family` is the branch (Germanic, Indic, Slavic ...), because ratios between branches are what the
-multilingual scaling law controls (arXiv 2410.12883 section 2); `stock` is the level above
+multilingual scaling law controls (arXiv 2410.12883, abstract); `stock` is the level above
 (Indo-European ...). Both are arguable, and some choices here are of convenience: "indic" means
-Indo-Aryan only, so Kannada, Tamil, Telugu and Malayalam are under "dravidian", where the paper
-counts Kannada as Indic; Sinitic and Tibeto-Burman share "sino-tibetan"; Finnic, Ugric and Sami
-share "uralic"; a creole is under "creole", not with the language that gave it its words; Altaic is
-not a stock. Nothing depends on the choice but names and the default grouping: another one is a few
-lines of YAML (data/family_grouping.py), and a "family" in the corpus's own records wins over this.
+Indo-Aryan only, so Kannada, Tamil, Telugu and Malayalam are under "dravidian", where the paper, as
+its reviews quote, counts Kannada as Indic; Sinitic and Tibeto-Burman share "sino-tibetan"; Finnic,
+Ugric and Sami share "uralic"; a creole is under "creole", not with the language that gave it its
+words; Altaic is not a stock. Nothing depends on the choice but names and the default grouping:
+another one is a few lines of YAML (data/family_grouping.py), and a "family" in the corpus's own
+records wins over this.
 
 Imports the standard library only.
 """

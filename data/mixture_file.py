@@ -43,7 +43,10 @@ def read_mixture_file(path: Path) -> dict[str, Any]:
     if not OmegaConf.is_dict(content) or not content:
         raise ValueError(f"{path}: must be a table of settings, such as weighting: uniform")
     settings: dict[Any, Any] = OmegaConf.to_container(content, resolve=False)  # type: ignore[assignment]
-    problems = [*_unknown(settings), *_not_text(settings)] or _misfits(settings)
+    problems = [*_unknown(settings), *_not_text(settings)] or [
+        *_not_path(settings),
+        *_misfits(settings),
+    ]
     if problems:
         raise ValueError("\n".join(f"{path}: {problem}" for problem in problems))
     law = settings.get("law")
@@ -84,6 +87,13 @@ def _not_text(value: Any, where: str = "") -> Iterator[str]:
                 yield from _not_text(item, where)
             elif not isinstance(item, str):
                 yield _quote(where, item)
+
+
+def _not_path(settings: dict[Any, Any]) -> Iterator[str]:
+    """OmegaConf would take a number for text."""
+    law = settings.get("law", "")
+    if not isinstance(law, str):
+        yield f"law={law!r}: must be text, the path of a law's file; put it in quotes"
 
 
 def _quote(where: str, value: object) -> str:

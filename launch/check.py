@@ -14,18 +14,18 @@ nor megatron-core.
 
 import argparse
 import json
-import math
 import sys
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 from launch.check_checkpoints import check_checkpoints
 from launch.check_data import DataFacts, check_data
 from launch.check_disk import check_room
+from launch.check_machines import Machines, check_tensor_ranks, plan
 from launch.check_memory import check_memory
+from launch.check_paths import path_of
 from launch.check_plausibility import check_plausibility
 from launch.check_report import Report, as_json, describe
 from launch.check_slurm import check_job, check_time
@@ -45,16 +45,6 @@ from pretrain.config import PretrainConfig
 from pretrain.walltime import walltime_seconds
 
 _LAYOUT_SETTINGS = ("parallel.", "train.global_batch_size=", "train.micro_batch_size=")
-
-
-@dataclass(frozen=True)
-class Machines:
-    """What the run is to have. None: not said."""
-
-    processes: int | None = None
-    nodes: int | None = None
-    gpus_per_node: int | None = None
-    device: str | None = None  # of launch.check_memory
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -117,28 +107,31 @@ def check(
     findings.errors("settings", composed.problems)
     config = _config(composed, findings)
     cluster = _cluster(wish, findings)
-    processes, how_many = _processes(config, wish, machines, cluster, findings)
+    planned = plan(config, wish, words, machines, cluster, findings)
+    legal, data = False, DataFacts()
     if config is not None:
+        legal = _layout(config, planned.processes, findings)
+        check_tensor_ranks(config, planned, findings)
         # Values that break their own rules, which has been told, make nonsense of what follows.
         # Most of it can be looked at all the same; what cannot ends with an error of arithmetic.
         guard = _nonsense_is_told if findings.of(ERROR) else nullcontext
-        legal = _layout(config, processes, findings)
         with guard():
             check_plausibility(config, findings, composed.typed)
-        data = DataFacts()
         with guard():
             check_data(config, data, findings)
-        with guard():
-            check_checkpoints(config, data, findings)
-        with guard():
-            check_room(config, data.vocab_size, _nodes(wish, machines), findings)
-        if legal:
-            check_memory(config, processes, data.vocab_size, machines.device, findings)
-        with guard():
-            _time(config, cluster, wish, machines, findings)
-        findings.forget_about(composed.lost, but=composed.problems)
+        with path_of("run_dir", config.run_dir, findings):
+            with guard():
+                check_checkpoints(config, data, findings)
+            with guard():
+                check_room(config, data.vocab_size, planned.nodes, findings)
+            with guard():
+                _time(config, cluster, wish, planned.nodes, findings)
+    check_memory(
+        config if legal else None, planned.processes, data.vocab_size, machines.device, findings
+    )
+    findings.forget_about(composed.lost, but=composed.problems)
     name = config.model.name if config else None
-    report = Report(processes, how_many, name, words, findings.all)
+    report = Report(planned.processes, planned.how_many, name, words, findings.all)
     report.origins = list(composed.origins.values())
     report.seconds = time.perf_counter() - began
     return report
@@ -152,7 +145,7 @@ def _time(
     config: PretrainConfig,
     cluster: ClusterConfig | None,
     wish: Wish,
-    machines: Machines,
+    nodes: int | None,
     findings: Findings,
 ) -> None:
     """The job, where there is to be one, and the time it has."""
@@ -162,7 +155,7 @@ def _time(
         job = Job(
             config=config,
             cluster=cluster,
-            nodes=_nodes(wish, machines),
+            nodes=nodes or wish.nodes,
             words=wish.training,
             folder=Path.cwd(),
             python=python,
@@ -193,55 +186,6 @@ def _cluster(wish: Wish, findings: Findings) -> ClusterConfig | None:
     except ConfigError as error:
         findings.errors("slurm", error.problems)
         return None
-
-
-def _nodes(wish: Wish, machines: Machines) -> int:
-    return machines.nodes or wish.nodes
-
-
-def _processes(
-    config: PretrainConfig | None,
-    wish: Wish,
-    machines: Machines,
-    cluster: ClusterConfig | None,
-    findings: Findings,
-) -> tuple[int, str]:
-    """How many processes the run has, and why so many."""
-    nodes = _nodes(wish, machines)
-    if machines.processes is not None:
-        return machines.processes, "--processes"
-    if machines.gpus_per_node is not None:
-        many = nodes * machines.gpus_per_node
-        return many, f"{nodes} nodes x {machines.gpus_per_node}"
-    if cluster is not None:
-        return nodes * cluster.processes, f"nodes={nodes} x {cluster.processes} of the cluster"
-    if nodes > 1:
-        findings.errors(
-            "layout",
-            [
-                f"nodes={nodes}: how many processes has a node? Add cluster=NAME, or "
-                "--gpus-per-node 8"
-            ],
-        )
-    fewest = _fewest(config)
-    return fewest, "the fewest of this layout; --processes N or cluster=NAME say otherwise"
-
-
-def _fewest(config: PretrainConfig | None) -> int:
-    if config is None:
-        return 1
-    sizes = config.parallel
-    dense = (
-        sizes.tensor_model_parallel_size
-        * sizes.context_parallel_size
-        * sizes.pipeline_model_parallel_size
-    )
-    experts = (
-        sizes.expert_model_parallel_size
-        * sizes.expert_tensor_parallel_size
-        * sizes.pipeline_model_parallel_size
-    )
-    return max(1, math.lcm(max(1, dense), max(1, experts)))
 
 
 def _layout(config: PretrainConfig, processes: int, findings: Findings) -> bool:

@@ -11,6 +11,7 @@ import yaml  # type: ignore[import-untyped]
 from omegaconf import OmegaConf
 
 from launch.check_data import DataFacts
+from launch.check_paths import path_of
 from launch.findings import Findings
 from models.parameter_count import parameter_count
 from parallel.checkpoint_manifest import MISSING
@@ -42,7 +43,10 @@ TOPIC = "checkpoints"
 
 
 def check_checkpoints(config: PretrainConfig, data: DataFacts, findings: Findings) -> None:
-    """What the run would resume or load, and what it would say to that."""
+    """What the run would resume or load, and what it would say to that.
+
+    Raises OSError and RuntimeError for a run_dir that cannot be looked at.
+    """
     run_dir = Path(config.run_dir).expanduser()
     if unwritable := _unwritable(config, run_dir):
         findings.errors(TOPIC, unwritable)
@@ -63,7 +67,8 @@ def check_checkpoints(config: PretrainConfig, data: DataFacts, findings: Finding
             ],
         )
     elif config.checkpoint.load:
-        _check_load(config, data, findings)
+        with path_of("checkpoint.load", config.checkpoint.load, findings):
+            _check_load(config, data, findings)
 
 
 def _unwritable(config: PretrainConfig, run_dir: Path) -> list[str]:

@@ -19,6 +19,7 @@ from data.token_store import TokenStore, dtype_for
 from data.tokenize_corpus import DEMO_CORPUS
 from data.tokenizer import Tokenizer
 from data.verify import verify_stores
+from launch.check_paths import path_of
 from launch.findings import Findings
 from pretrain.config import PretrainConfig
 from pretrain.run_identity import vocabulary_of
@@ -46,6 +47,12 @@ def check_data(config: PretrainConfig, facts: DataFacts, findings: Findings) -> 
     """Looks at tokenizer, token stores or corpus, mixture, and supply for the steps planned; fills
     in `facts`."""
     facts.vocab_size = config.model.vocab_size
+    setting = "store_dir" if config.data.store_dir else "corpus"
+    with path_of(f"data.{setting}", getattr(config.data, setting), findings):
+        _check_text(config, facts, findings)
+
+
+def _check_text(config: PretrainConfig, facts: DataFacts, findings: Findings) -> None:
     store_dir = Path(config.data.store_dir).expanduser() if config.data.store_dir else None
     if store_dir is not None and not (store_dir / "train").is_dir():
         findings.errors(
@@ -74,6 +81,9 @@ def check_data(config: PretrainConfig, facts: DataFacts, findings: Findings) -> 
 def _tokenizer(config: DataConfig, findings: Findings) -> Tokenizer | None:
     try:
         return open_tokenizer(config)
+    except RuntimeError as error:  # ~NAME of nobody
+        findings.errors(TOPIC, [f"data.tokenizer={config.tokenizer}: {error}; give another path"])
+        return None
     except (OSError, ValueError, ModuleNotFoundError) as error:
         findings.errors(TOPIC, [str(error)])
         return None
@@ -101,7 +111,7 @@ def _stores_of_corpus(
     corpus = Path(config.corpus).expanduser() if config.corpus else DEMO_CORPUS
     try:
         files = corpus_files(corpus)
-    except (OSError, ValueError) as error:
+    except (FileNotFoundError, ValueError) as error:
         findings.errors(TOPIC, [str(error)])
         return None
     size = sum(path.stat().st_size for path in files)

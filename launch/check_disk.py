@@ -1,6 +1,8 @@
 """Whether there is room for the checkpoints that a run will keep."""
 
+import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from launch.findings import Findings
@@ -16,9 +18,13 @@ _GB_A_SECOND = 2.0
 
 
 def check_room(
-    config: PretrainConfig, vocab_size: int | None, nodes: int, findings: Findings
+    config: PretrainConfig, vocab_size: int | None, nodes: int | None, findings: Findings
 ) -> None:
-    """Whether the checkpoints that the settings keep fit on the file system of run_dir."""
+    """Whether the checkpoints that the settings keep fit on the file system of run_dir, and one of
+    them into the grace time. nodes: how many write it; None: not known.
+
+    Raises OSError and RuntimeError for a run_dir that cannot be looked at.
+    """
     if vocab_size is None and config.model.vocab_size is None:
         return
     size = checkpoint_bytes(config, vocab_size)
@@ -51,12 +57,13 @@ def check_room(
             ],
         )
     grace = config.fault_tolerance.grace_seconds
-    if grace and size / grace > _GB_A_SECOND * 1e9 * nodes:
+    if nodes and grace and size / grace > _GB_A_SECOND * 1e9 * nodes:
         findings.warnings(
             _DISK,
             [
                 f"fault_tolerance.grace_seconds={grace:g}: a checkpoint of {_gigabytes(size)} in "
-                f"that time is {size / grace / 1e9:,.1f} GB/s for {nodes} nodes; use "
+                f"that time is {size / grace / 1e9:,.1f} GB/s for {nodes} "
+                f"{'node' if nodes == 1 else 'nodes'}; use "
                 f"{size / (_GB_A_SECOND * 1e9 * nodes):.0f} unless your file system does it"
             ],
         )
@@ -86,9 +93,12 @@ def kept_at_once(config: PretrainConfig) -> int:
 
 def _present_bytes(folder: Path) -> int:
     """What lies there already, and will make room as the run goes on."""
-    if not folder.is_dir():
-        return 0
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    total = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with suppress(OSError):  # a run that is going on takes files away
+                total += os.stat(os.path.join(place, name)).st_size
+    return total
 
 
 def _gigabytes(size: float) -> str:

@@ -21,16 +21,7 @@ def check_job(job: Job, findings: Findings) -> None:
     findings.errors(TOPIC, broken)
     if not broken:
         render(job)
-    cluster, tensor = job.cluster, job.config.parallel.tensor_model_parallel_size
-    if job.nodes > 1 and tensor > cluster.processes:
-        findings.warnings(
-            TOPIC,
-            [
-                f"parallel.tensor_model_parallel_size={tensor} spans nodes of {cluster.processes} "
-                f"processes, at the speed of the network; use {cluster.processes} or less, and "
-                "parallel.pipeline_model_parallel_size for the rest"
-            ],
-        )
+    cluster = job.cluster
     if walltime_seconds(cluster.walltime) < _SHORTEST_JOB and cluster.walltime.isdecimal():
         findings.warnings(
             TOPIC,

@@ -15,12 +15,21 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
 from data.mixture_file import read_mixture_file
 from launch.mixture_file import WORD as MIXTURE
-from launch.mixture_file import with_mixture_files
-from launch.schema import ADDED, CONF, CompositionError, explain, override_of, register, settings
+from launch.mixture_file import mixture_path, with_mixture_files
+from launch.schema import (
+    ADDED,
+    CONF,
+    CompositionError,
+    explain,
+    groups,
+    override_of,
+    register,
+    settings,
+)
 from parallel.config import ConfigError
 from pretrain.config import PretrainConfig
 
@@ -48,9 +57,11 @@ class Composition:
 
     @property
     def lost(self) -> list[str]:
-        """Settings that somebody typed and that have another value, because it was refused."""
+        """Settings and groups that somebody typed, and that have another value, because it was
+        refused."""
         took_part = {_name(word) for word in self.words}
-        return [name for word in self.refused if (name := _name(word)) not in took_part]
+        names = {_name(word) for word in self.refused} - took_part
+        return sorted(names & {*settings(), *groups()})
 
     def typed(self, setting: str) -> bool:
         """Whether somebody chose the value: it is not the dataclass's default."""
@@ -64,16 +75,19 @@ def compose_what_fits(words: Sequence[str], hidden: Sequence[str] = ()) -> Compo
     hidden: words that nobody typed, such as the one that stands for --config-dir.
     """
     register()
-    made = Composition(None, list(words))
+    nameless = [word for word in words if not _name(word)]  # for which Hydra has no words
+    made = Composition(None, [word for word in words if _name(word)], nameless)
+    made.problems += [f"{word} is not SETTING=VALUE: it names no setting" for word in nameless]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         while True:
             try:
                 cfg = compose(
                     "pretrain",
-                    overrides=[*with_mixture_files(made.words), *hidden],
+                    overrides=with_mixture_files([*made.words, *hidden]),
                     return_hydra_config=True,
                 )
-                break
+                if not _leave_out_unresolved(cfg, made):
+                    break
             except ConfigError as error:  # of data/mixture=FILE
                 made.problems += error.problems
                 made.refused += [word for word in made.words if _is_mixture(word)]
@@ -90,13 +104,34 @@ def compose_what_fits(words: Sequence[str], hidden: Sequence[str] = ()) -> Compo
     with open_dict(cfg):
         hydra = cfg.pop("hydra")
     made.cfg = cfg
-    made.origins = _origins(cfg, made.words, _with_mixture(_files(hydra), made.words))
+    files = _with_mixture(_files(hydra), [*made.words, *hidden])
+    made.origins = _origins(cfg, made.words, files)
     return made
 
 
 def left_out_a_model(made: Composition) -> bool:
     """Whether the word that would have chosen the model is among those refused."""
     return any(name in ADDED for name in made.lost)
+
+
+def _leave_out_unresolved(cfg: DictConfig, made: Composition) -> bool:
+    """Whether words were left out because of what they refer to: a variable of the environment, or
+    another setting, that is not there."""
+    count = len(made.words)
+    for setting in settings():
+        try:
+            value = OmegaConf.select(cfg, setting)
+            if OmegaConf.is_config(value):
+                OmegaConf.to_container(value, resolve=True)
+        except InterpolationToMissingValueError:
+            continue  # ${model.name} of no model
+        except OmegaConfBaseException as error:
+            word = override_of(setting, made.words)
+            if word is not None and "${" in word:
+                made.problems += explain(error, made.words).problems
+                made.refused.append(word)
+                made.words.remove(word)
+    return len(made.words) < count
 
 
 def _culprit(problem: str, words: Sequence[str], hidden: Sequence[str]) -> str | None:
@@ -114,8 +149,8 @@ def _culprit(problem: str, words: Sequence[str], hidden: Sequence[str]) -> str |
 
 def _fits(words: Sequence[str], hidden: Sequence[str]) -> bool:
     try:
-        compose("pretrain", overrides=[*words, *hidden])
-    except CompositionError:
+        compose("pretrain", overrides=with_mixture_files([*words, *hidden]))
+    except (*CompositionError, ConfigError):
         return False
     return True
 
@@ -230,10 +265,8 @@ def _files(hydra: DictConfig) -> list[_File]:
 def _with_mixture(files: list[_File], words: Sequence[str]) -> list[_File]:
     """With data/mixture=FILE, which stands for all of data.mixture, on top of the files."""
     for word in filter(_is_mixture, words):
-        value = word.partition("=")[2]
-        path = Path(value).expanduser()
-        if path.suffix not in (".yaml", ".yml"):
-            path = CONF / MIXTURE / f"{value}.yaml"
+        path = mixture_path(word.partition("=")[2], words)
+        assert path is not None  # or the words would not have been put together
         prefix = MIXTURE.replace("/", ".") + "."
         kept = [
             _File(f.shown, {k: v for k, v in f.values.items() if not k.startswith(prefix)})

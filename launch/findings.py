@@ -1,5 +1,6 @@
 """What a check found, and how it is said."""
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -37,11 +38,12 @@ class Findings:
     def forget_about(self, settings: Iterable[str], but: Iterable[str]) -> None:
         """Drops what names one of these settings: its value is not what somebody typed. `but` the
         texts that say why."""
-        kept, names = set(but), [f"{setting}=" for setting in settings]
+        kept = set(but)
+        names = [re.compile(rf"(?<![\w.]){re.escape(setting)}=") for setting in settings]
         self.all[:] = [
             finding
             for finding in self.all
-            if finding.text in kept or not any(name in finding.text for name in names)
+            if finding.text in kept or not any(name.search(finding.text) for name in names)
         ]
 
     def _add(self, severity: str, topic: str, texts: Iterable[str]) -> None:

@@ -17,6 +17,7 @@ from data.scaling_law.optimum import Goal, Objective
 from data.scaling_law.runs_table import RunsTable
 from data.stream_settings import StreamSettings, open_stream, read_settings
 from launch.schema import closest, shipped_models
+from launch.sweep_provenance import family_rule, is_typed, typed_otherwise
 from models.config import ModelConfig
 from models.parameter_count import parameter_count
 from parallel.config import ConfigError
@@ -52,6 +53,8 @@ class Request:
     fit: FitSettings
     settings: StreamSettings
     words: list[str]  # settings as typed, for the training command
+    family_rule: dict[str, Any]  # settings of data.mixture that the sweep's runs had
+    doubts: list[str]  # about these settings
 
     def goal(self, supply: Mapping[str, float] | None) -> Goal:
         return Goal(
@@ -84,6 +87,8 @@ def read_request(given: argparse.Namespace) -> Request:
             "settings are SETTING=VALUE"
         )
     target = read(_target, given.target)
+    table = read(_table_of, Path(paths[0]).expanduser()) if len(paths) == 1 else None
+    rule, doubts = read(family_rule, table, instead=(None, [])) if table else (None, [])
     weights = read(_table, "--weights", given.weights) if given.weights is not None else None
     request = {
         "tokens": read(quantity, "--tokens", given.tokens),
@@ -96,9 +101,8 @@ def read_request(given: argparse.Namespace) -> Request:
         else None,
         "level": read(_level, given.level),
         "fit": read(_fit_settings, given),
-        "settings": read(_settings, words, target),
+        "settings": read(_settings, words, target, rule or {}),
     }
-    table = read(_table_of, Path(paths[0]).expanduser()) if len(paths) == 1 else None
     if problems or table is None:
         raise ConfigError(*problems)
     name = re.sub(r"[^\w.+-]", "_", f"{target.name}-{given.tokens}-{request['objective'].value}")
@@ -107,7 +111,17 @@ def read_request(given: argparse.Namespace) -> Request:
         raise ConfigError(
             f"{output} exists already; name another folder with --output, or remove it"
         )
-    return Request(table=table, output=output.resolve(), target=target, words=words, **request)
+    if rule is not None:
+        doubts = [*doubts, *typed_otherwise(rule, request["settings"].data.mixture, words)]
+    return Request(
+        table=table,
+        output=output.resolve(),
+        target=target,
+        words=words,
+        family_rule=rule or {},
+        doubts=doubts,
+        **request,
+    )
 
 
 def quantity(setting: str, text: str) -> float:
@@ -147,7 +161,10 @@ def supply_of(
 def _supply_of_data(settings: StreamSettings, families: Sequence[str]) -> dict[str, float]:
     mixture = open_stream(settings).mixture
     supply = dict.fromkeys(mixture.families, 0.0)
+    dropped = settings.data.mixture.drop_languages
     for code, sequences in zip(mixture.languages, mixture.sequences, strict=True):
+        if code in dropped:
+            continue
         supply[mixture.family_of[code]] += len(sequences) * mixture.seq_length
     unknown = sorted(set(supply) - set(families))
     lacking = [family for family in families if family not in supply]
@@ -255,14 +272,18 @@ def _whole(setting: str, text: str) -> int:
     return int(text)
 
 
-def _settings(words: list[str], target: Target | None) -> StreamSettings:
+def _settings(words: list[str], target: Target | None, rule: Mapping[str, Any]) -> StreamSettings:
+    """As typed; what is not, of how a family's samples are shared, as the sweep had it."""
     for word in words:
         name = word.partition("=")[0]
         if name == "train.train_steps":
             raise ValueError(f"{word}: the steps follow from --tokens; leave it out")
         if name in ("data/mixture", "data.mixture") or name.startswith(_DECIDED):
             raise ValueError(f"{word}: this is what the fit decides; leave it out")
-    values = {}
+    names = [word.partition("=")[0] for word in words]
+    values: dict[str, Any] = {
+        f"data.mixture.{name}": value for name, value in rule.items() if not is_typed(name, names)
+    }
     if target is not None and target.model is not None:
         values["model.max_position_embeddings"] = target.model.max_position_embeddings
     return read_settings(words, values=values)

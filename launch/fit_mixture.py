@@ -20,9 +20,12 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
+from data.mixture_law import SPARSE
 from data.plan import run_command, short
 from data.scaling_law.fit import fit_law
 from data.scaling_law.identify import UnderdeterminedError
@@ -39,6 +42,7 @@ from data.scaling_law.mixture_table import (
 from data.scaling_law.optimum import Objective
 from data.scaling_law.runs_table import RunsTable, read_runs
 from launch.fit_arguments import Request, read_request, supply_of
+from launch.sweep_provenance import data_of_runs
 from parallel.new_folder import new_folder
 
 
@@ -79,22 +83,23 @@ def _run(given: argparse.Namespace, words: list[str]) -> int:
 
 def _fit(request: Request, table: RunsTable) -> ScalingLaw:
     try:
-        return fit_law(table, request.fit, source=str(request.table.resolve()))
+        law = fit_law(table, request.fit, source=str(request.table.resolve()))
     except UnderdeterminedError as error:
         if not error.enough:
             raise
         fixed = ",".join(f"{name}={value:g}" for name, value in error.enough.items())
         raise ValueError(f"{error} (here: --fix {fixed})") from None
+    data, mixed = data_of_runs(request.table, law.provenance["runs"])
+    law.provenance["warnings"] += mixed
+    return replace(law, provenance=law.provenance | ({"data": data} if data else {}))
 
 
 def _print_warnings(request: Request, law: ScalingLaw, mixtures: MixtureTable) -> None:
     goal = mixtures.goal
     lines = law.extrapolation(goal.num_parameters, goal.tokens, mixtures.optimum.ratios)
     if request.target.model is not None and request.target.model.moe.num_experts:
-        lines.append(
-            f"{request.target.name} is sparse; its N counts all experts, and what N means for a "
-            "sparse model in this law is not known"
-        )
+        lines.append(f"{request.target.name} {SPARSE}")
+    lines += request.doubts
     if lines:
         print("\nOutside of what was fitted:\n" + "\n".join(f"  {line}" for line in lines))
 
@@ -113,7 +118,8 @@ def _write(request: Request, law: ScalingLaw, mixtures: MixtureTable, words: lis
 def _mixture_file(request: Request, mixtures: MixtureTable, words: list[str]) -> str:
     """Settings of data.mixture; the law is named as its neighbour, so the folder may move."""
     goal = mixtures.goal
-    settings = {"weighting": "ratios", "ratios": mixtures.optimum.ratios, "law": "law.yaml"}
+    settings: dict[str, Any] = {"weighting": "ratios", "ratios": mixtures.optimum.ratios}
+    settings |= request.family_rule | {"law": "law.yaml"}
     return (
         f"# The optimum by law.yaml for N = {goal.num_parameters:,} parameters without the "
         f"embedding and\n# D = {goal.tokens:.12g} tokens; objective: {goal.objective.value}. "

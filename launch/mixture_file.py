@@ -1,7 +1,8 @@
 """`data/mixture=FILE.yaml` on a command line: the settings that the word stands for.
 
     data/mixture=uniform              a file of conf/data/mixture
-    data/mixture=sweep/optimum.yaml   one of your own (data/mixture_file.py)
+    data/mixture=mine                 or of data/mixture in a --config-dir, which comes first
+    data/mixture=sweep/optimum.yaml   any other of your own (data/mixture_file.py)
 
 Hydra could merge such a file only; here it replaces data.mixture as a whole: settings that the file
 does not name go back to their defaults. The word becomes two of Hydra's own, so that
@@ -10,7 +11,7 @@ data.mixture.max_epochs=4 win over the file wherever they stand. Imports neither
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +39,10 @@ def with_mixture_files(words: Sequence[str]) -> list[str]:
     (word, *more) = given
     if more:
         raise ConfigError(f"{' '.join(given)}: one mixture at a time; keep one of these words")
-    if word != word.lstrip("+~"):
+    if word.startswith("~"):
         raise ConfigError(f"{word}: write {WORD}={word.partition('=')[2] or 'FILE.yaml'}")
     values = word.partition("=")[2].split(",")
-    mixtures = ",".join(_as_word(_read(value), value) for value in values)
+    mixtures = ",".join(_as_word(_read(value, words), value) for value in values)
     about = [i for i, other in enumerate(words) if _is_about_mixture(_name(other))]
     others = list(words)
     others.remove(word)
@@ -50,7 +51,8 @@ def with_mixture_files(words: Sequence[str]) -> list[str]:
 
 def short_name(word: str) -> str | None:
     """A few letters for a word data.mixture={...}, for names of folders; None for other words."""
-    if not word.startswith(f"{SETTING}={{"):
+    word = word.lstrip("+")
+    if not word.startswith(f"{SETTING}=") or word == FORGET:
         return None
     from hashlib import sha256
 
@@ -67,20 +69,55 @@ def _is_about_mixture(name: str) -> bool:
     return name in (WORD, SETTING) or name.startswith(f"{SETTING}.")
 
 
-def _read(value: str) -> dict[str, Any]:
-    path = Path(value).expanduser()
-    if path.suffix not in (".yaml", ".yml"):
-        path = SHIPPED / f"{value}.yaml"
-        if not path.is_file():
-            raise ConfigError(_no_such_name(value))
+def mixture_path(value: str, words: Sequence[str]) -> Path | None:
+    """The file that data/mixture=`value` means among `words`; None for a name that there is not.
+
+    Raises RuntimeError for ~NAME of nobody.
+    """
+    if Path(value).suffix in (".yaml", ".yml"):
+        return Path(value).expanduser()
+    places = (folder / f"{value}.yaml" for folder in _folders(words))
+    return next((path for path in places if path.is_file()), None)
+
+
+def _folders(words: Sequence[str]) -> list[Path]:
+    """Where a name is looked up: those of --config-dir and hydra.searchpath, then the shipped."""
+    return [*(Path(folder).expanduser() / WORD for folder in _searched(words)), SHIPPED]
+
+
+def _searched(words: Sequence[str]) -> Iterator[str]:
+    for word, after in zip(words, [*words[1:], ""], strict=True):
+        name, equals, value = word.partition("=")
+        if name in ("--config-dir", "-cd"):
+            yield value if equals else after
+        elif _name(word) == "hydra.searchpath":
+            from hydra.core.override_parser.overrides_parser import OverridesParser
+            from hydra.errors import HydraException
+
+            try:
+                places = OverridesParser.create().parse_override(word).value()
+            except HydraException:  # which Hydra will say
+                continue
+            for place in places if isinstance(places, list) else []:
+                scheme, _, path = str(place).rpartition("://")
+                if scheme in ("", "file"):  # what lies in packages is not looked into
+                    yield path
+
+
+def _read(value: str, words: Sequence[str]) -> dict[str, Any]:
     try:
+        path = mixture_path(value, words)
+        if path is None:
+            raise ConfigError(_no_such_name(value, words))
         return read_mixture_file(path)
-    except (OSError, ValueError) as error:
+    except ConfigError:
+        raise
+    except (OSError, RuntimeError, ValueError) as error:
         raise ConfigError(*(f"{WORD}={line}" for line in str(error).splitlines())) from None
 
 
-def _no_such_name(value: str) -> str:
-    there = sorted(path.stem for path in SHIPPED.glob("*.yaml"))
+def _no_such_name(value: str, words: Sequence[str]) -> str:
+    there = sorted({path.stem for folder in _folders(words) for path in folder.glob("*.yaml")})
     meant = [f"{WORD}={name}" for name in near(value, there)]
     hint = f"; did you mean {' or '.join(meant)}?" if meant else "."
     return (

@@ -186,6 +186,10 @@ def explain(error: Exception, overrides: Sequence[str] = ()) -> ConfigError:
         return ConfigError(f"{typed} exists already; drop the +: {typed.lstrip('+')}")
     if found := re.search(r"Ambiguous value for argument '(.*)'", text):
         return ConfigError(_several_values(found[1]))
+    if found := re.search(
+        r"""Environment variable '(.+?)' not found["']?\s+full_key: (\S+)""", text
+    ):
+        return ConfigError(_not_in_the_environment(found[1], found[2], overrides))
     if found := re.search(r"full_key: (\S+)", text):
         return ConfigError(_wrong_setting(found[1], text, overrides))
     if found := re.search(r"In '([^']+)': \w+ raised while composing config:\n(.*)", text):
@@ -236,12 +240,19 @@ def _wrong_setting(key: str, text: str, overrides: Sequence[str]) -> str:
     return f"{where}{typed} must be {rule}" + (f"; {hint}" if hint else "")
 
 
+def _not_in_the_environment(name: str, key: str, overrides: Sequence[str]) -> str:
+    return (
+        f"{_typed(key, overrides)}: {name} is not set in the environment; export it, or give what "
+        f"holds without it: ${{oc.env:{name},VALUE}}"
+    )
+
+
 def _no_such_setting(key: str, overrides: Sequence[str]) -> str:
     typed = _typed(key, overrides)
     name = typed.lstrip("+~").partition("=")[0]
-    groups = {group: f"+{group}" if group in ADDED else group for group in _groups()}
-    names = [*settings(), *groups] if "." not in name else list(settings())
-    meant = [groups.get(near, near) for near in closest(name, names)]
+    typed_as = {group: f"+{group}" if group in ADDED else group for group in groups()}
+    names = [*settings(), *typed_as] if "." not in name else list(settings())
+    meant = [typed_as.get(near, near) for near in closest(name, names)]
     if not meant:
         return f"{typed}: there is no setting {name}; --cfg job prints all there are"
     return f"{typed}: there is no setting {name}; did you mean {' or '.join(meant)}?"
@@ -329,7 +340,8 @@ def _sections() -> set[str]:
 
 
 @cache
-def _groups() -> list[str]:
+def groups() -> list[str]:
+    """Folders of conf that a command line chooses files of."""
     folders = (folder.name for folder in CONF.iterdir() if folder.is_dir())
     return sorted({*folders, WORD} - {SITES})
 

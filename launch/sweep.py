@@ -28,7 +28,8 @@ from data.open_mixture import prepare
 from data.scaling_law.design import design
 from data.scaling_law.sweep_config import SweepConfig, read_sweep
 from launch.schema import CONF, closest
-from launch.sweep_collect import collect, family_tokens
+from launch.sweep_collect import check_evaluation, collect, evaluation_tokens, family_tokens
+from launch.sweep_devices import most_jobs, slurm_words, usable_gpus
 from launch.sweep_folder import (
     BEGUN,
     CARRIED_ON,
@@ -86,10 +87,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--out", type=Path, metavar="SWEEP", help="design: write the sweep here")
     parser.add_argument(
-        "--jobs", type=int, metavar="N", help="run: trainings at a time (default: cores / threads)"
+        "--jobs", type=int, metavar="N", help="run: trainings at a time (default: what fits)"
     )
     parser.add_argument(
-        "--threads", type=int, default=1, metavar="N", help="run: of each training (default: 1)"
+        "--threads", type=int, default=1, metavar="N", help="run: of each process (default: 1)"
+    )
+    parser.add_argument(
+        "--gpus", type=int, metavar="N", help="run: GPUs to use (default: what nvidia-smi lists)"
     )
     parser.add_argument("--retry", action="store_true", help="run: failed runs as well")
     parser.add_argument(
@@ -170,6 +174,8 @@ def _most_epochs(folder: SweepFolder, build: bool) -> dict[str, float]:
             f"families={folder.config.families}: the data has {', '.join(sorted(sizes))}; name "
             "these, or choose among them with data.languages and data.families in settings"
         )
+    if build:
+        check_evaluation(folder.config.families, evaluation_tokens(settings))
     drawn = {f: max(run.tokens * run.ratios[f] for run in folder.runs) for f in sizes}
     return {family: drawn[family] / sizes[family] for family in sizes}
 
@@ -187,17 +193,24 @@ def _run(given: argparse.Namespace) -> int:
         return _multirun(folder, given)
     if given.words:
         raise ValueError(f"{given.words[0]}: a run is what its design says; see design")
-    for name in ("jobs", "threads"):
+    for name in ("jobs", "threads", "gpus"):
         value = getattr(given, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name} {value}: must be at least 1")
-    jobs = given.jobs or max(1, usable_cores() // given.threads)
+    gpus = usable_gpus(folder.config, given.gpus)
+    most = most_jobs(folder.config, gpus, usable_cores(), given.threads)
+    if gpus and given.jobs is not None and given.jobs > most:
+        raise ValueError(
+            f"--jobs {given.jobs}: {len(gpus)} GPUs are enough for {most} trainings of "
+            f"devices_per_run={folder.config.devices_per_run} at a time"
+        )
     return 0 if Runner(
         folder,
-        jobs=jobs,
+        jobs=given.jobs or most,
         threads=given.threads,
         retry=given.retry,
         keep_checkpoints=given.keep_checkpoints,
+        gpus=gpus,
         say=lambda text: print(text, flush=True),
     ).run() else 1  # fmt: skip
 
@@ -218,7 +231,12 @@ def _multirun(folder: SweepFolder, given: argparse.Namespace) -> int:
     if not names:
         print("every run is finished, at work or failed (--retry); there is nothing to start")
         return 0
-    launcher = [SLURM_LAUNCHER] if given.slurm else []
+    if not given.slurm and folder.config.devices_per_run > 1:
+        raise ValueError(
+            f"--multirun: Hydra starts one process a run here, and this sweep has devices_per_run="
+            f"{folder.config.devices_per_run}; leave it out, or add --slurm"
+        )
+    launcher = [SLURM_LAUNCHER, *slurm_words(folder.config, given.words)] if given.slurm else []
     command = multirun_command(folder, names, [*launcher, *given.words])
     if given.multirun:
         print(shlex.join(command))

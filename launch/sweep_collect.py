@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ def collect(folder: SweepFolder) -> tuple[RunsTable, list[str]]:
 
     A family's ratio is what was drawn, its loss that of the evaluation after the last step. A
     failed run has rows with the planned ratios and without losses. Raises ValueError where there
-    is nothing to collect.
+    is nothing to collect, or a family without validation tokens.
     """
     rows: list[dict[str, Any]] = []
     left_out: list[str] = []
@@ -33,6 +33,7 @@ def collect(folder: SweepFolder) -> tuple[RunsTable, list[str]]:
         if state == DONE:
             if run.model not in eval_tokens:
                 eval_tokens[run.model] = evaluation_tokens(compose_run(folder, name))
+                check_evaluation(folder.config.families, eval_tokens[run.model])
             try:
                 rows += finished_rows(folder, run, eval_tokens[run.model])
             except ValueError as error:
@@ -64,6 +65,11 @@ def finished_rows(
             f"{path.parent} and run the sweep again"
         )
     for family in folder.config.families:
+        if f"eval/family/{family}/loss" not in last:
+            raise ValueError(
+                f"{path} has no loss of {family} at step {run.train_steps}, whose validation text "
+                f"the run did not have; remove {path.parent} and run the sweep again"
+            )
         row = _row(run, family, drawn[family] / all_drawn)
         row["loss"] = last[f"eval/family/{family}/loss"]
         row["epochs"] = last[f"data/family/{family}/epochs"]
@@ -94,6 +100,18 @@ def evaluation_tokens(config: PretrainConfig) -> dict[str, int]:
         valid = rows.valid if rows.label_mask is None else rows.label_mask
         tokens[opened.mixture.family_of[store.language]] += int(valid.sum())
     return tokens
+
+
+def check_evaluation(families: Sequence[str], tokens: Mapping[str, int]) -> None:
+    """Raises ValueError naming the families without a token to measure their loss on."""
+    without = [family for family in families if not tokens.get(family)]
+    if without:
+        raise ValueError(
+            f"{', '.join(without)}: there is no validation text, so no loss to fit the law to; "
+            "raise data.validation_fraction (stores made by data.tokenize: its "
+            "--validation-fraction) in settings and run the sweep anew, or leave the family out "
+            "of families and data.languages"
+        )
 
 
 def family_tokens(config: DataConfig, seq_length: int) -> dict[str, int]:

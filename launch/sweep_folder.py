@@ -95,8 +95,12 @@ class SweepFolder:
         return found
 
     def record(self, attempt: Mapping[str, Any]) -> None:
-        with open(self.path / ATTEMPTS_FILE, "a", encoding="utf-8") as file:
-            file.write(json.dumps(attempt) + "\n")
+        """Adds a line to the attempts; one that a kill cut off stays a line of its own."""
+        with open(self.path / ATTEMPTS_FILE, "a+b") as file:
+            end = file.seek(0, os.SEEK_END)
+            file.seek(max(0, end - 1))
+            torn = file.read(1) not in (b"", b"\n")
+            file.write((("\n" if torn else "") + json.dumps(attempt) + "\n").encode())
 
     def words(self, names: Sequence[str]) -> list[str]:
         """The launcher's words for these runs."""
@@ -223,7 +227,7 @@ def shapes_of(config: SweepConfig) -> dict[str, ModelShape]:
     for name, model in config.models.items():
         try:
             settings = settings_of(config, model)
-            validate(settings, world_size=_processes(config))
+            validate(settings, world_size=config.devices_per_run)
         except ConfigError as error:
             problems += [f"models.{name}: {problem}" for problem in error.problems]
             continue
@@ -236,11 +240,6 @@ def shapes_of(config: SweepConfig) -> dict[str, ModelShape]:
     if problems:
         raise ConfigError(*problems)
     return shapes
-
-
-def _processes(config: SweepConfig) -> int:
-    """A run's: one a GPU; on CPUs, one, whose threads the cores are."""
-    return config.devices_per_run if config.device.value == "gpu" else 1
 
 
 def describe_cost(folder: SweepFolder, epochs: Mapping[str, float] | None = None) -> list[str]:

@@ -1,5 +1,6 @@
 """What a number that no setting takes was meant to be: 300B, 1e6 for a count, 10min, 1,000."""
 
+import math
 import re
 from typing import Any
 
@@ -22,13 +23,14 @@ def number_meant(setting: str, text: str, kinds: tuple[Any, ...]) -> str | None:
         return None
     text = text.strip().strip("'\"").lower()
     whole = float not in kinds
-    if setting.endswith("_seconds") and (seconds := _seconds(text)) is not None:
-        return f"it is in seconds: {setting}={seconds:g}"
+    seconds = _seconds(text)
     value = _plain_number(text)
-    if value is None:
-        if _seconds(text) is not None:
-            return f"it counts {_what(setting)}, not time"
+    if {seconds, value} & {math.inf, -math.inf}:  # 1e999, which no setting takes
         return None
+    if setting.endswith("_seconds") and seconds is not None:
+        return f"it is in seconds: {setting}={seconds:g}"
+    if value is None:
+        return None if seconds is None else f"it counts {_what(setting)}, not time"
     if whole and 0 < value < 1:
         return f"it counts {_what(setting)} and is no share of them"
     if whole and value != int(value):

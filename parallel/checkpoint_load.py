@@ -32,6 +32,7 @@ from torch.futures import Future
 from parallel.checkpoint_manifest import Entry, Progress, entry_of, in_threads
 from parallel.checkpoint_reader import CheckpointFormatError, CheckpointReader, Piece
 from parallel.checkpoint_save import Background
+from parallel.progress_beacon import beacon
 
 if TYPE_CHECKING:
     from parallel.checkpoint_io import DamageSearch
@@ -110,6 +111,7 @@ def _read(
     threads = min(_THREADS, len(os.sched_getaffinity(0)))
     for unknown in Background(lambda: in_threads(read, wishes, threads)).result():
         left += unknown
+    beacon.tick()  # also where all were read too quickly to wait
     return left
 
 

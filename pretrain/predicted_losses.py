@@ -63,10 +63,18 @@ class PredictedLosses:
     """The law for one model and one stream of samples. Needs no device and no communication.
 
     law: knows every family of the mixture that is drawn.
+    differences: between this run and those the law was fitted to (data/mixture_law.py).
     """
 
-    def __init__(self, law: ScalingLaw, mixture: LanguageMixture, num_parameters: int) -> None:
+    def __init__(
+        self,
+        law: ScalingLaw,
+        mixture: LanguageMixture,
+        num_parameters: int,
+        differences: Sequence[str] = (),
+    ) -> None:
         self._law, self._mixture, self._num_parameters = law, mixture, num_parameters
+        self._differences = differences
 
     def at(self, consumed_sequences: int, consumed_tokens: int) -> dict[str, Prediction]:
         """By family, those not drawn yet left out; {} before the first token."""
@@ -87,12 +95,13 @@ class PredictedLosses:
         tokens = state.consumed_tokens + sequences * self._mixture.seq_length
         last = state.consumed_sequences + sequences
         ratios = self._ratios(last)
+        beyond = self._law.extrapolation(self._num_parameters, tokens, ratios) if tokens else []
         return EndPoint(
             state.step + steps,
             self._num_parameters,
             tokens,
             self.at(last, tokens),
-            self._law.extrapolation(self._num_parameters, tokens, ratios) if tokens else [],
+            [*beyond, *self._differences],
         )
 
     def metrics(self, state: TrainState, evaluation: Mapping[str, float]) -> dict[str, float]:

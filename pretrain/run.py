@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 
 from data.ledger import Ledger
 from data.loader import MicroBatchLoader
-from data.mixture_law import open_law_of
+from data.mixture_law import differences, open_law_of
 from data.open_data import Data, open_data, prepare
 from data.prefetch import PrefetchLoader
 from models.build import build_model
@@ -363,7 +363,8 @@ def open_predictions(config: PretrainConfig, data: Data) -> PredictedLosses | No
         return None
     law = open_law_of(data.mixture, config.data.mixture.law)
     count = parameter_count(config.model, vocab_size(config, data))
-    return PredictedLosses(law, data.mixture, count.non_embedding)
+    unlike = differences(law, data.mixture, sparse=bool(config.model.moe.num_experts))
+    return PredictedLosses(law, data.mixture, count.non_embedding, unlike)
 
 
 def predict_end(predictions: PredictedLosses, config: PretrainConfig, state: TrainState) -> str:

@@ -22,6 +22,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import sys
 import tempfile
 import time
 import traceback
@@ -258,6 +259,7 @@ def _do(store_path: str, rank: int, world_size: int, timeout: float, job: bytes)
             timeout=timedelta(seconds=timeout + 5.0),
         )
         torch.manual_seed(0)
+        _forget_the_loss_scale()  # which this worker has from the process it was forked from
         function, args = pickle.loads(job)
         result = pickle.dumps(function(*args))
         if dist.is_initialized():
@@ -272,14 +274,19 @@ def _do(store_path: str, rank: int, world_size: int, timeout: float, job: bytes)
         os.environ.update(environment)
 
 
+def _forget_the_loss_scale() -> None:
+    if (megatron := sys.modules.get("parallel.megatron")) is not None:
+        megatron.MoEAuxLossAutoScaler.main_loss_backward_scale = None
+
+
 def _tidy_up() -> None:
     import torch
     import torch.distributed as dist
 
     from parallel import runtime
-    from parallel.megatron import MoEAuxLossAutoScaler, tensor_parallel
+    from parallel.megatron import tensor_parallel
 
-    MoEAuxLossAutoScaler.main_loss_backward_scale = None
+    _forget_the_loss_scale()
     if runtime._current is not None:
         runtime.shutdown(runtime._current)
     runtime._drop_model_parallel_groups()

@@ -22,6 +22,9 @@ from data.scaling_law.identify import model_of
 from data.scaling_law.law import FamilyLaw
 from data.scaling_law.runs_table import RunsTable
 
+RANK = 1e-10  # singular values below this part of the largest are 0
+LEAST_ROWS = 3  # of a mean error over rows left out
+
 
 @dataclass(frozen=True)
 class ExponentCheck:
@@ -44,7 +47,9 @@ class TransferCheck:
     effect: dict[str, float]
     std_error: dict[str, float]
     p_value: float  # of effects as large from noise alone (F-test)
-    held_out_rms: float  # error in ln L of a run left out, by the plain law
+    # error in ln L of a run left out, by the plain law, over the runs that either form can predict
+    # from the others; nan for fewer than 3 of them
+    held_out_rms: float
     held_out_rms_with: float  # the same with the effects
 
 
@@ -118,28 +123,41 @@ def _compare(
 ) -> TransferCheck:
     # contrasts sum to 0 in every row: without the last column they are independent if ever
     both = np.concatenate([plain, contrasts], axis=1)
-    inverse = np.linalg.pinv(both, rcond=1e-10)
+    inverse = np.linalg.pinv(both, rcond=RANK)
     coefficients = inverse @ residual
-    without = residual - plain @ (np.linalg.pinv(plain, rcond=1e-10) @ residual)
+    without = residual - plain @ (np.linalg.pinv(plain, rcond=RANK) @ residual)
     with_them = residual - both @ coefficients
-    left = len(residual) - np.linalg.matrix_rank(plain, rtol=1e-10)
-    left_with = len(residual) - np.linalg.matrix_rank(both, rtol=1e-10)
+    left, left_with = len(residual) - _rank(plain), len(residual) - _rank(both)
     scatter = with_them @ with_them / left_with if left_with > 0 else math.nan
     error = np.sqrt(scatter * np.diag(inverse @ inverse.T))[plain.shape[1] :]
+    leverage, leverage_with = _leverage(plain), _leverage(both)
+    # where either has a parameter for a single row, it has nothing to predict that row from
+    told = np.maximum(leverage, leverage_with) <= 1 - 1e-6
     return TransferCheck(
         effect=dict(zip(others, coefficients[plain.shape[1] :].tolist(), strict=True)),
         std_error=dict(zip(others, error.tolist(), strict=True)),
         p_value=_f_test(without @ without, left, with_them @ with_them, left_with),
-        held_out_rms=_held_out(plain, without),
-        held_out_rms_with=_held_out(both, with_them),
+        held_out_rms=_held_out(without[told], leverage[told]),
+        held_out_rms_with=_held_out(with_them[told], leverage_with[told]),
     )
 
 
-def _held_out(columns: np.ndarray, residual: np.ndarray) -> float:
-    """Error of each row by the regression without it: residual / (1 - leverage)."""
+def _rank(columns: np.ndarray) -> int:
+    # tol is absolute, and all that numpy 1 knows
+    return int(np.linalg.matrix_rank(columns, tol=RANK * np.linalg.norm(columns, 2)))
+
+
+def _leverage(columns: np.ndarray) -> np.ndarray:
+    """How far each row's prediction follows the row itself, [rows] in [0, 1]."""
     left, values, _ = np.linalg.svd(columns, full_matrices=False)
-    leverage = (left[:, values > 1e-10 * values.max()] ** 2).sum(axis=1)
-    return float(np.sqrt(np.mean((residual / np.maximum(1 - leverage, 1e-9)) ** 2)))
+    return (left[:, values > RANK * values.max()] ** 2).sum(axis=1)
+
+
+def _held_out(residual: np.ndarray, leverage: np.ndarray) -> float:
+    """Error of each row by the regression without it: residual / (1 - leverage)."""
+    if len(residual) < LEAST_ROWS:
+        return math.nan
+    return float(np.sqrt(np.mean((residual / (1 - leverage)) ** 2)))
 
 
 def _scatter(

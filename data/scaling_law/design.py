@@ -1,38 +1,23 @@
 """The runs of a sweep: which mixtures, at which sizes and token budgets, with which seeds.
 
-    SweepConfig + shapes of its models ─► mixtures ─► PlannedRun, one by one
-
-Mixtures of the grid are those of which the law's parameters come out most exactly (D-optimal
-design): in each family log loss is a polynomial in log ratio, so what n runs tell about it is the
-information matrix X'X of their rows (1, log p, (log p)^2), and the runs are chosen to make the
-product of all families' determinants large. Greedy first, then Fedorov's exchange (Theory of
-Optimal Experiments, 1972) until no swap helps. The greedy order also says which mixtures to drop
-where the budget is tight.
+SweepConfig + shapes of its models ─► mixtures ─► PlannedRun, one by one
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from data.scaling_law.sweep_config import (
-    LEAST_CELLS,
-    LEAST_RATIOS,
-    LEAST_SIZES,
-    GridRuns,
-    HypothesisRuns,
-    SweepConfig,
-)
-
-# Ratios to choose from; of a larger grid a sample of so many, drawn with the sweep's seed.
-MOST_CANDIDATES = 20_000
-# Added to information matrices, so that the first runs' singular ones have a determinant.
-RIDGE = 1e-6
-MOST_EXCHANGES = 1000
+from data.scaling_law.fit_settings import FitSettings, rows_of_family, select_rows
+from data.scaling_law.grid_mixtures import candidates, d_optimal
+from data.scaling_law.identify import UnderdeterminedError, missing_runs
+from data.scaling_law.runs_table import RunsTable, make_table
+from data.scaling_law.sweep_config import LEAST_RATIOS, GridRuns, HypothesisRuns, SweepConfig
 
 Ratios = dict[str, float]
 
@@ -66,7 +51,8 @@ def design(config: SweepConfig, shapes: Mapping[str, ModelShape]) -> list[Planne
 
     The grid has as many mixtures as config.grid.points and config.budget_flops allow. Raises
     ValueError where the budget does not allow the least that determines the law, naming the
-    cheapest budget that would, and where the sweep as described cannot determine it.
+    cheapest budget that would, where the sweep as described cannot determine it, and where two
+    runs would have one name.
     """
     chosen = _grid_mixtures(config)
     least = min(LEAST_RATIOS, len(chosen)) if chosen else 0
@@ -80,7 +66,9 @@ def design(config: SweepConfig, shapes: Mapping[str, ModelShape]) -> list[Planne
             f"{least} mixtures in its grid, is {len(runs)} runs of {total_flops(runs):.4g} FLOPs; "
             "raise budget_flops to that, or take fewer or smaller cells"
         )
-    if config.must_determine_law and (problems := undetermined(config.families, runs)):
+    if problems := _same_names(runs):
+        raise ValueError("\n".join(problems))
+    if config.must_determine_law and (problems := undetermined(runs)):
         raise ValueError("\n".join(problems))
     return runs
 
@@ -89,151 +77,93 @@ def total_flops(runs: Sequence[PlannedRun]) -> float:
     return math.fsum(run.flops for run in runs)
 
 
-def undetermined(families: Sequence[str], runs: Sequence[PlannedRun]) -> list[str]:
+def undetermined(runs: Sequence[PlannedRun]) -> list[str]:
     """What is missing to fit the law, a line each; empty where the runs determine it.
 
-    Runs with all the weight on a family count as ratio 1 of it.
+    `fit_law`'s own check of the table that these runs would make, by its default settings: runs of
+    purpose "confirm" do not count.
     """
-    problems = []
-    for family in families:
-        at_cell: dict[tuple[int, int], set[float]] = {}
-        for run in runs:
-            if run.ratios[family] > 0:
-                cell = (run.num_parameters, run.tokens)
-                at_cell.setdefault(cell, set()).add(round(run.ratios[family], 6))
-        sizes, budgets = ({cell[i] for cell in at_cell} for i in (0, 1))
-        most = max((len(ratios) for ratios in at_cell.values()), default=0)
-        if most < LEAST_RATIOS:
-            problems.append(
-                f"{family}: at no size and budget has it {LEAST_RATIOS} ratios, which its exponent "
-                f"gamma needs (at most {most}); add grid.points, or a cell that grid and "
-                "single_family share"
-            )
-        if len(at_cell) < LEAST_CELLS or min(len(sizes), len(budgets)) < LEAST_SIZES:
-            problems.append(
-                f"{family}: {len(sizes)} sizes, {len(budgets)} token budgets, {len(at_cell)} "
-                f"pairs of them; E, A, alpha, B and beta need {LEAST_SIZES}, {LEAST_SIZES} and "
-                f"{LEAST_CELLS} or more: add to single_family.cells"
-            )
-    if problems:
-        problems.append(
-            "must_determine_law=false accepts a sweep whose runs are to be joined with others"
-        )
-    return problems
+    try:
+        usable, _ = select_rows(_planned_table(runs), FitSettings())
+    except UnderdeterminedError as error:
+        problems = error.missing
+    except ValueError as error:
+        problems = [str(error)]
+    else:
+        rows_of = {family: rows_of_family(usable, family) for family in usable.families}
+        problems = missing_runs(rows_of, {})
+    if not problems:
+        return []
+    return [
+        *problems,
+        "sizes and lengths come from single_family.cells, ratios from grid.points and from a cell "
+        "that grid and single_family share; must_determine_law=false accepts a sweep whose runs "
+        "are to be joined with others",
+    ]
+
+
+def _planned_table(runs: Sequence[PlannedRun]) -> RunsTable:
+    """What the runs would be collected to, but for the losses: these are all 1."""
+    return make_table(
+        {
+            "run": run.name,
+            "model": run.model,
+            "num_parameters": run.num_parameters,
+            "tokens": run.tokens,
+            "seed": run.seed,
+            "purpose": run.purpose,
+            "family": family,
+            "ratio": ratio,
+            "loss": 1.0,
+            "eval_tokens": 0,
+            "epochs": 0.0,
+        }
+        for run in runs
+        for family, ratio in run.ratios.items()
+    )
+
+
+def _same_names(runs: Sequence[PlannedRun]) -> list[str]:
+    twice = [name for name, count in Counter(run.name for run in runs).items() if count > 1]
+    if not twice:
+        return []
+    more = f" and {len(twice) - 3} more" if len(twice) > 3 else ""
+    return [
+        f"more than one run is named {', '.join(twice[:3])}{more}: a run's name is made of model, "
+        "tokens, mixture and seed; give each token budget of a model once, and tell the names of "
+        "models and families apart"
+    ]
 
 
 # ---------------------------------------------------------------- mixtures
-
-
-def simplex_grid(families: int, step: float, floor: float) -> Iterator[tuple[float, ...]]:
-    """Ratios of so many families: floor + whole steps each, 1 in all.
-
-    What whole steps leave over is shared by all alike, so that each sum is 1 exactly.
-    """
-    steps = int((1 - families * floor) / step + 1e-9)
-    base = (1 - steps * step) / families  # the floor, and its part of what is left over
-    bars = itertools.combinations(range(steps + families - 1), families - 1)
-    for places in bars:
-        edges = (-1, *places, steps + families - 1)
-        yield tuple(base + step * (b - a - 1) for a, b in itertools.pairwise(edges))
-
-
-def d_optimal(candidates: np.ndarray, count: int, *, degree: int, seed: int) -> list[int]:
-    """Places of `count` of the candidates [n, families] (ratios), the most telling ones first.
-
-    The order is that of a greedy choice among the ones the exchange ended with, so that the first
-    k of them are a good design too. None is taken twice. Ties fall by the seed.
-    """
-    if count > len(candidates):
-        raise ValueError(
-            f"grid.points={count}: the grid has {len(candidates)} mixtures; use a smaller "
-            "grid.step or grid.floor, or fewer points"
-        )
-    rows = _rows(candidates, degree)
-    order = np.random.default_rng(seed).permutation(len(candidates))  # decides ties
-    chosen = _greedy(rows, order, count)
-    chosen = _exchange(rows, chosen)
-    return [chosen[i] for i in _greedy(rows[chosen], np.arange(count), count)]
-
-
-def log_determinant(candidates: np.ndarray, chosen: Sequence[int], degree: int) -> float:
-    """What `d_optimal` makes large: Σ over families of log det X'X."""
-    rows = _rows(candidates, degree)[list(chosen)]
-    return _log_determinants(np.einsum("nfi,nfj->fij", rows, rows)).sum()
-
-
-def _rows(ratios: np.ndarray, degree: int) -> np.ndarray:
-    """[n, families, degree + 1]: powers of log ratio, scaled to [-1, 1] for equal weight."""
-    logs = np.log(ratios)
-    low, high = logs.min(), logs.max()
-    scaled = 2 * (logs - low) / max(high - low, 1e-12) - 1
-    return np.stack([scaled**power for power in range(degree + 1)], axis=-1)
-
-
-def _log_determinants(information: np.ndarray) -> np.ndarray:
-    size = information.shape[-1]
-    return np.linalg.slogdet(information + RIDGE * np.eye(size))[1]
-
-
-def _gains(rows: np.ndarray, information: np.ndarray) -> np.ndarray:
-    """By how much each row would raise the criterion: log(1 + x' M^-1 x), over all families."""
-    inverse = np.linalg.inv(information + RIDGE * np.eye(information.shape[-1]))
-    return np.log1p(np.einsum("nfi,fij,nfj->nf", rows, inverse, rows)).sum(1)
-
-
-def _greedy(rows: np.ndarray, order: np.ndarray, count: int) -> list[int]:
-    information = np.zeros((rows.shape[1], rows.shape[2], rows.shape[2]))
-    chosen: list[int] = []
-    for _ in range(count):
-        gains = _gains(rows[order], information)
-        gains[np.isin(order, chosen)] = -np.inf
-        best = int(order[np.argmax(gains)])
-        chosen.append(best)
-        information += np.einsum("fi,fj->fij", rows[best], rows[best])
-    return chosen
-
-
-def _exchange(rows: np.ndarray, chosen: list[int]) -> list[int]:
-    """Swaps one chosen row for one that is not while that raises the criterion."""
-    chosen = list(chosen)
-    for _ in range(MOST_EXCHANGES):
-        for place, out in enumerate(chosen):
-            rest = [row for row in chosen if row != out]
-            information = np.einsum("nfi,nfj->fij", rows[rest], rows[rest])
-            gains = _gains(rows, information)
-            gains[rest] = -np.inf
-            best = int(np.argmax(gains))
-            if gains[best] > gains[out] + 1e-9:
-                chosen[place] = best
-                break
-        else:
-            break
-    return chosen
 
 
 def _grid_mixtures(config: SweepConfig) -> list[Ratios]:
     grid: GridRuns = config.grid
     if not grid.cells:
         return []
-    candidates = np.array(list(simplex_grid(len(config.families), grid.step, grid.floor)))
-    if len(candidates) > MOST_CANDIDATES:
-        random = np.random.default_rng(config.first_seed)
-        places = random.choice(len(candidates), MOST_CANDIDATES, replace=False)
-        candidates = candidates[np.sort(places)]
-    chosen = d_optimal(candidates, grid.points, degree=grid.degree, seed=config.first_seed)
-    return [_named(config.families, candidates[place]) for place in chosen]
+    among = candidates(len(config.families), grid.step, grid.floor, config.first_seed)
+    chosen = d_optimal(among, grid.points, degree=grid.degree, seed=config.first_seed)
+    return [_named(config.families, among[place]) for place in chosen]
 
 
 def _hypothesis_mixtures(families: Sequence[str], runs: HypothesisRuns) -> dict[str, Ratios]:
     """Name -> ratios: each pair at runs.ratio, and each family alone at it."""
     groups = [*itertools.combinations(families, 2), *((family,) for family in families)]
+    short = _short_names(families)
     mixtures = {}
     for group in groups:
         rest = (1 - len(group) * runs.ratio) / (len(families) - len(group))
-        mixtures["-".join(f[:4] for f in group)] = {
+        mixtures["-".join(short[family] for family in group)] = {
             family: runs.ratio if family in group else rest for family in families
         }
     return mixtures
+
+
+def _short_names(families: Sequence[str]) -> dict[str, str]:
+    """The first four letters where no other family has the same, else the whole name."""
+    shared = Counter(family[:4] for family in families)
+    return {family: family[:4] if shared[family[:4]] == 1 else family for family in families}
 
 
 def _named(families: Sequence[str], ratios: Sequence[float]) -> Ratios:
@@ -267,7 +197,7 @@ def _all_runs(
         ):
             for tokens in budgets:
                 seeds = part.seeds
-                if isinstance(part, GridRuns) and label <= f"{part.repeated:02d}":
+                if isinstance(part, GridRuns) and int(label) <= part.repeated:
                     seeds += 1
                 run = _run(config, shapes[model], purpose, model, label, ratios, tokens)
                 runs += [

@@ -20,12 +20,10 @@ import numpy as np
 from data.scaling_law.fit_settings import FitSettings, rows_of_family, select_rows
 from data.scaling_law.gamma_fit import fit_gamma, pooled_slope, ratio_groups
 from data.scaling_law.huber_fit import (
-    ALPHA,
     GAMMA,
     HIGH,
     LOW,
     PARAMETERS,
-    A,
     Model,
     Rows,
     best_fit,
@@ -41,7 +39,7 @@ from data.scaling_law.identify import (
 )
 from data.scaling_law.law import TERMS, FamilyLaw, FittedRange, ScalingLaw
 from data.scaling_law.resample import folds_by_run, held_out, refits
-from data.scaling_law.runs_table import RunsTable, levels
+from data.scaling_law.runs_table import RunsTable
 
 __all__ = ["FitSettings", "UnderdeterminedError", "fit_chinchilla", "fit_gamma", "fit_law"]
 
@@ -128,9 +126,9 @@ def fit_chinchilla(table: RunsTable, settings: FitSettings | None = None) -> dic
 def _determined(table: RunsTable, fixed: Mapping[str, float]) -> tuple[Model, dict[str, Rows]]:
     """The regression, and its rows by family. Raises UnderdeterminedError."""
     rows_of = {family: rows_of_family(table, family) for family in table.families}
-    missing = missing_runs(table, rows_of, fixed)
+    missing = missing_runs(rows_of, fixed)
     if missing:
-        raise UnderdeterminedError(missing, reduction(table, rows_of, fixed))
+        raise UnderdeterminedError(missing, reduction(rows_of, fixed))
     return model_of(fixed), rows_of
 
 
@@ -142,7 +140,11 @@ def _residual_std(model: Model, rows: Rows, theta: np.ndarray) -> float:
 def _quality(
     model: Model, rows: Rows, theta: np.ndarray, settings: FitSettings, run_fold: np.ndarray
 ) -> dict[str, float]:
-    """Rows, and errors in ln L: of the fit, of runs left out, of the largest size left out."""
+    """Rows, and errors in ln L: of the fit, of runs left out, of the largest size left out.
+
+    The last two are there as far as the other runs determine the law; `held_out_rows` says how many
+    losses the errors of runs left out are over.
+    """
     residual = rows.log_loss - model.predict(theta, rows)
     around = rows.log_loss - rows.log_loss.mean()
     found = {
@@ -152,18 +154,15 @@ def _quality(
     }
     if settings.folds and len(np.unique(rows.run)) > 1:
         parts = folds_by_run(rows, run_fold)
-        tested = held_out(model, rows, theta, settings.huber_delta, parts)
-        found |= {"held_out_rms": tested.rms, "held_out_r2": tested.r2}
+        tested = held_out(rows, settings.fixed, settings.huber_delta, GRID, parts)
+        found["held_out_rows"] = float(tested.rows)
+        if tested.rows:
+            found |= {"held_out_rms": tested.rms, "held_out_r2": tested.r2}
     largest = np.exp(rows.log_n - rows.log_n.max()) > 1 / (1 + SAME_SIZE)
-    smaller = len(levels(np.exp(rows.log_n[~largest]), SAME_SIZE))
-    # with the largest size gone, the others must still determine A and alpha
-    if (
-        settings.folds
-        and smaller > sum(model.free[[A, ALPHA]])
-        and (~largest).sum() > model.free.sum()
-    ):
-        tested = held_out(model, rows, theta, settings.huber_delta, largest[None])
-        found["largest_size_rms"] = tested.rms
+    if settings.folds:
+        tested = held_out(rows, settings.fixed, settings.huber_delta, GRID, largest[None])
+        if tested.rows:
+            found["largest_size_rms"] = tested.rms
     return found
 
 

@@ -10,7 +10,7 @@ steps on all starts or resamples at once (arrays [fits, rows, 6]), and then L-BF
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.optimize import minimize, nnls  # type: ignore[import-untyped]
@@ -33,6 +33,11 @@ class Rows:
     run: np.ndarray  # int: which run of the whole table
     log_n0: float
     log_d0: float
+
+    def where(self, keep: np.ndarray) -> "Rows":
+        """The rows for which `keep` is true, still around N0 and D0 of all."""
+        arrays = ("log_n", "log_d", "log_p", "log_loss", "run")
+        return replace(self, **{name: getattr(self, name)[keep] for name in arrays})
 
 
 @dataclass(frozen=True)

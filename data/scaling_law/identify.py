@@ -19,7 +19,7 @@ from collections.abc import Collection, Mapping
 import numpy as np
 
 from data.scaling_law.huber_fit import ALPHA, BETA, GAMMA, PARAMETERS, Model, Rows
-from data.scaling_law.runs_table import RunsTable, levels
+from data.scaling_law.runs_table import levels
 
 SAME_SIZE, SAME_RATIO = 0.02, 0.05  # relative steps below which two runs count as equal
 # smallest over largest singular value of the derivatives, each scaled to length 1
@@ -49,21 +49,23 @@ class UnderdeterminedError(ValueError):
         )
 
 
-def missing_runs(
-    table: RunsTable, rows_of: Mapping[str, Rows], fixed: Mapping[str, float]
-) -> list[str]:
-    """A line for each thing the usable `table` lacks; empty where it determines every family."""
+def missing_runs(rows_of: Mapping[str, Rows], fixed: Mapping[str, float]) -> list[str]:
+    """A line for each thing that lacks, of `rows_of` families; empty where nothing does."""
     families: dict[str, list[str]] = {}  # line -> whom it is about
     for family, rows in rows_of.items():
-        found = _counts(table.of_family(family), fixed) or _dependent(rows, fixed)
-        for line in dict.fromkeys(found):
+        for line in dict.fromkeys(lacking(rows, fixed)):
             families.setdefault(line, []).append(family)
     return [f"{', '.join(names)}: {line}" for line, names in families.items()]
 
 
-def reduction(
-    table: RunsTable, rows_of: Mapping[str, Rows], fixed: Mapping[str, float]
-) -> dict[str, float] | None:
+def lacking(rows: Rows, fixed: Mapping[str, float]) -> list[str]:
+    """A line for each thing that one family's rows lack; empty where they determine its law."""
+    if not len(rows.log_loss):
+        return ["there are no runs"]
+    return _counts(rows, fixed) or _dependent(rows, fixed)
+
+
+def reduction(rows_of: Mapping[str, Rows], fixed: Mapping[str, float]) -> dict[str, float] | None:
     """The mildest further `fixed` that the runs suffice for, or None."""
     for extra in (
         {"alpha": CHINCHILLA["alpha"]},
@@ -76,7 +78,7 @@ def reduction(
         {"A": 0.0, "B": 0.0},
     ):
         tried = {**fixed, **extra}
-        if not missing_runs(table, rows_of, tried):
+        if not missing_runs(rows_of, tried):
             return tried
     return None
 
@@ -115,16 +117,16 @@ def trade_offs(model: Model, rows: Rows, theta: np.ndarray) -> list[list[str]]:
     ]
 
 
-def _counts(table: RunsTable, fixed: Mapping[str, float]) -> list[str]:
-    free = free_parameters(fixed)
-    sizes = levels(table.column("num_parameters"), SAME_SIZE)
-    lengths = levels(table.column("tokens"), SAME_SIZE)
-    ratios = levels(table.column("ratio"), SAME_RATIO)
+def _counts(rows: Rows, fixed: Mapping[str, float]) -> list[str]:
+    free, count = free_parameters(fixed), len(rows.log_loss)
+    sizes = levels(np.exp(rows.log_n + rows.log_n0), SAME_SIZE)
+    lengths = levels(np.exp(rows.log_d + rows.log_d0), SAME_SIZE)
+    ratios = levels(np.exp(rows.log_p), SAME_RATIO)
     found = []
     if "gamma" in free and len(ratios) < 2:
         found.append(
             "gamma needs runs of at least 2 (better 3) different ratios at one size and length; "
-            f"all {len(table.rows)} have ratio {ratios[0]:.3g}. Add one at e.g. "
+            f"all {count} have ratio {ratios[0]:.3g}. Add one at e.g. "
             f"{_another_ratio(ratios[0]):.3g}, with num_parameters and tokens of one there is"
         )
     short = {}
@@ -145,9 +147,9 @@ def _counts(table: RunsTable, fixed: Mapping[str, float]) -> list[str]:
                     f"{', '.join(f'{value:.4g}' for value in values)}). Add {lacking} more, a "
                     "factor of 2 or more apart"
                 )
-    if not found and len(table.rows) <= len(free):
+    if not found and count <= len(free):
         found.append(
-            f"{len(table.rows)} runs for {len(free)} free parameters ({', '.join(free)}); at "
+            f"{count} runs for {len(free)} free parameters ({', '.join(free)}); at "
             f"least {len(free) + 1} are needed, and twice as many tell more than noise"
         )
     return found

@@ -7,7 +7,7 @@ from data.scaling_law.fit_settings import FitSettings
 from data.scaling_law.law import ScalingLaw
 from data.scaling_law.mixing_law import compare_mixing_law, largest_group
 from data.scaling_law.runs_table import RunsTable
-from data.scaling_law.split_effect import split_effects
+from data.scaling_law.split_effect import SplitEffect, split_effects
 
 
 def check_lines(
@@ -26,7 +26,7 @@ def check_lines(
         "Does it matter which families share the rest? (per unit of ratio, in ln L)",
         *_indented(_transfer(fitted, law, settings)),
         "Losses of one family at one ratio under two splits of the rest, with 95 % intervals",
-        *_indented([effect.line for effect in split_effects(table)] or ["no such runs"]),
+        *_indented(_splits(table)),
         "Error in ln L of runs left out, at the size and length most runs share",
         *_indented(_mixing(fitted, law)),
     ]
@@ -64,6 +64,20 @@ def _transfer(table: RunsTable, law: ScalingLaw, settings: FitSettings) -> list[
             f"{check.held_out_rms:.4f} without, {check.held_out_rms_with:.4f} with"
         )
     return lines
+
+
+def _splits(table: RunsTable) -> list[str]:
+    """The largest difference at each ratio, and how many of all are not 0."""
+    alike: dict[tuple[str, float], list[SplitEffect]] = {}
+    for effect in split_effects(table):
+        alike.setdefault((effect.family, round(effect.ratio, 2)), []).append(effect)
+    lines = []
+    for pairs in alike.values():
+        largest = max(pairs, key=lambda effect: abs(effect.difference))
+        apart = sum(effect.low > 0 or effect.high < 0 for effect in pairs)
+        many = f"; largest of {len(pairs)} pairs, of which {apart} exclude 0"
+        lines.append(largest.line + (many if len(pairs) > 1 else ""))
+    return lines or ["no such runs"]
 
 
 def _mixing(table: RunsTable, law: ScalingLaw) -> list[str]:

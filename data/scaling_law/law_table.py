@@ -1,5 +1,6 @@
 """A fitted law as text: how well it fits, its parameters with intervals, what was left out."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -28,6 +29,7 @@ def describe_law(law: ScalingLaw, level: float = 0.9) -> str:
             *_lines("Left out", provenance.get("left_out", [])),
             *_quality(law.quality),
             *_parameters(law, level),
+            *_gamma_alone(law),
             *_lines("Doubts", provenance.get("warnings", [])),
         ]
     )
@@ -44,6 +46,12 @@ def _quality(quality: Mapping[str, Mapping[str, float]]) -> list[str]:
     for family, one in quality.items():
         cells = (_number(name, one.get(name)) for name in names)
         lines.append(f"  {family:<16.16}" + "".join(f"{cell:>15}" for cell in cells))
+    lines += [
+        f"  {family}: held-out errors are over {one['held_out_rows']:.0f} of {one['rows']:.0f} "
+        "losses, where the others determine the law"
+        for family, one in quality.items()
+        if one.get("held_out_rows", math.inf) < one.get("rows", 0)
+    ]
     return [*lines, ""]
 
 
@@ -72,6 +80,20 @@ def _parameters(law: ScalingLaw, level: float) -> list[str]:
             spans = (f"{low:.3g}..{high:.3g}" for low, high in ends)
             lines.append(f"  {'':<12}" + "".join(f" {span:>13}" for span in spans))
     return [*lines, ""]
+
+
+def _gamma_alone(law: ScalingLaw) -> list[str]:
+    """gamma by a slope, which holds whatever form the law has in N and D."""
+    lines = [
+        f"  {family:<16.16}{one['gamma_alone']:>15.4g}{one['gamma_alone_error']:>15.2g}"
+        for family, one in law.quality.items()
+        if "gamma_alone" in one
+    ]
+    title = (
+        "gamma alone: the slope of ln L over ln p at fixed sizes and lengths, no other parameter"
+    )
+    head = f"  {'family':<16}{'gamma':>15}{'std. error':>15}"
+    return [title, head, *lines, ""] if lines else []
 
 
 def _lines(title: str, lines: Sequence[str]) -> list[str]:

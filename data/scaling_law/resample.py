@@ -7,19 +7,22 @@ for the part of the noise that the fit has followed (HC3 in the regression liter
 ends of a small grid have most of it.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
-from data.scaling_law.huber_fit import Model, Rows, minimise
+from data.scaling_law.huber_fit import Model, Rows, best_fit, minimise
+from data.scaling_law.identify import lacking, model_of
 
 MOST_LEVERAGE = 0.9  # a residual beyond has nothing left to be scaled up
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Errors in ln L of rows the law had not seen."""
+    """Errors in ln L of rows the law had not seen; nan where there are none."""
 
+    rows: int  # how many the errors are over
     rms: float
     r2: float  # 1 - squared error / squared distance of ln L to its mean
 
@@ -36,19 +39,33 @@ def refits(
 
 
 def held_out(
-    model: Model, rows: Rows, theta: np.ndarray, delta: float, left_out: np.ndarray
+    rows: Rows,
+    fixed: Mapping[str, float],
+    delta: float,
+    exponents: np.ndarray,
+    left_out: np.ndarray,
 ) -> HeldOut:
     """Errors over rows that a fit without them predicts; left_out: bool [fits, rows].
 
-    Each fit starts from `theta`, the fit to all rows: what remains may determine the law only so
-    far, and then stays near it.
+    Each fit knows nothing of the rows left out: it starts as `best_fit` does, from a grid of
+    `exponents`. Where the rows that remain do not determine the law (`lacking`), what they predict
+    elsewhere is the starts' doing; those left out then do not count.
     """
-    start = np.tile(theta, (len(left_out), 1))
-    found, _ = minimise(model, rows, start, rows.log_loss, 1.0 - left_out, delta)
-    error = (rows.log_loss - model.predict(found, rows))[left_out]
-    spread = np.broadcast_to(rows.log_loss - rows.log_loss.mean(), left_out.shape)[left_out]
-    total = float(spread @ spread)
+    model = model_of(fixed)
+    errors, spread = [np.empty(0)], [np.empty(0)]
+    for gone in left_out:
+        kept = rows.where(~gone)
+        if lacking(kept, fixed):
+            continue
+        theta = best_fit(model, kept, delta, exponents)
+        errors.append((rows.log_loss - model.predict(theta, rows))[gone])
+        spread.append((rows.log_loss - rows.log_loss.mean())[gone])
+    error, around = np.concatenate(errors), np.concatenate(spread)
+    if not len(error):
+        return HeldOut(rows=0, rms=float("nan"), r2=float("nan"))
+    total = float(around @ around)
     return HeldOut(
+        rows=len(error),
         rms=float(np.sqrt(np.mean(error**2))),
         r2=1 - float(error @ error) / total if total > 0 else float("nan"),
     )

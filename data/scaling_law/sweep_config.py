@@ -16,10 +16,7 @@ import yaml  # type: ignore[import-untyped]
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-# The law has six unknowns in each family: γ, and E, A, α, B, β of the loss of that family alone.
-LEAST_RATIOS = 3  # distinct ratios of a family at one size and budget: two for γ, one to check it
-LEAST_CELLS = 5  # sizes and budgets with a loss of the family: as many as E, A, α, B, β
-LEAST_SIZES = 3  # of models, and of token budgets: E + A/N^α goes through any two
+LEAST_RATIOS = 3  # mixtures of a grid: two ratios of a family for γ, one to check it
 
 
 class Device(Enum):

@@ -35,6 +35,7 @@ REFUSED = {
     "alpha: x": "alpha does not fit: Value 'x' of type 'str' could not be converted to Float",
     "weighting: rations": "weighting does not fit: Invalid value 'rations', expected one of",
     "ratios: 3": "ratios does not fit",
+    "law: 5": "law=5: must be text, the path of a law's file",
     "drop_languages: [no]": "drop_languages: False is not a name; YAML reads no, off and yes",
     "language_shares: {no: 1}": "language_shares: False is not a name",
     "stages: [{ratios: {1: 1}}]": "stages.ratios: 1 is not a name",

@@ -2,7 +2,8 @@
 seconds of imports, the same files and exit codes as far as the runner and collect look at them.
 
 In the sweep's folder it appends to `started` how it was started; a file `fail` there makes the run
-named in it fail; a file `hold` keeps runs from taking their last step.
+named in it fail; a file `hold` keeps runs from taking their last step. Each process, of several
+under torchrun, appends to `processes`; those above the first do nothing else.
 """
 
 import json
@@ -29,6 +30,11 @@ def main() -> int:
     run = yaml.safe_load((conf / "run" / f"{word.partition('=')[2]}.yaml").read_text())
     folder, steps = Path(run["run_dir"]), run["train"]["train_steps"]
     sweep = conf.parent
+    with open(sweep / "processes", "a") as file:
+        rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+        file.write(f"{rank}/{size} {os.environ.get('CUDA_VISIBLE_DEVICES') or '-'}\n")
+    if rank != "0":
+        return 0
     with open(sweep / "started", "a") as file:
         file.write(f"{folder.name} {os.environ['OMP_NUM_THREADS']}\n")
     if (sweep / "fail").is_file() and (sweep / "fail").read_text() == folder.name:
@@ -55,7 +61,8 @@ def main() -> int:
             }
         (folder / "metrics.jsonl").write_text(json.dumps(metrics) + "\n")
     (folder / "status.json").write_text(json.dumps({"state": state, "step": step}))
-    return 0 if state == "finished" else os.EX_TEMPFAIL
+    torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    return 0 if state == "finished" or torchrun else os.EX_TEMPFAIL
 
 
 if __name__ == "__main__":

@@ -13,9 +13,11 @@ import pytest
 from data.open_mixture import DEMO_TOKENIZER
 from data.tokenizer import load_tokenizer
 from launch.check import Machines, check, main
-from launch.check_disk import checkpoint_bytes, kept_at_once
+from launch.check_disk import _present_bytes, checkpoint_bytes, kept_at_once
+from launch.check_memory import _finer, _leaner
+from launch.check_paths import path_of
 from launch.composition import COMMAND_LINE, DEFAULT, compose_what_fits
-from launch.findings import ERROR
+from launch.findings import ERROR, NOTE, WARNING, Findings
 from launch.nearest_layout import nearest_layout
 from launch.schema import load
 from launch.units import number_meant
@@ -165,6 +167,168 @@ def test_words_that_do_not_fit_leave_the_others_in() -> None:
     assert len(made.problems) == 4
 
 
+def test_what_a_word_refers_to_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SCRATCH", raising=False)
+    words = [*TINY, "run_dir='${oc.env:SCRATCH}/x'", "optimizer.lr=0"]
+    first, second = (one.text for one in check(words).of(ERROR))
+    assert first.startswith("run_dir='${oc.env:SCRATCH}/x': SCRATCH is not set in the environment")
+    assert second.startswith("optimizer.lr=0.0 must be")
+    monkeypatch.setenv("SCRATCH", "there")
+    assert len(check(words).of(ERROR)) == 1
+
+
+def test_refused_words_hide_nothing_else() -> None:
+    words = [*TINY, "micro_batch_size=4", "train.micro_batch_size=0", "=5"]
+    told = [one.text for one in check(words).of(ERROR)]
+    assert any(text.startswith("train.micro_batch_size=0 must be") for text in told)
+    assert any(text.startswith("micro_batch_size=4: there is no setting") for text in told)
+    assert "=5 is not SETTING=VALUE: it names no setting" in told
+    findings = Findings()
+    findings.errors("a", ["run.lr=1 is", "lr=2 is", "x.run.lr=3 is"])
+    findings.forget_about(["run.lr"], but=[])
+    assert [one.text for one in findings.all] == ["lr=2 is", "x.run.lr=3 is"]
+
+
+# ---- paths
+
+
+@pytest.mark.parametrize("path", ["'~nosuchuser/x'", "a" * 300])
+@pytest.mark.parametrize("setting", ["run_dir", "data.store_dir", "data.corpus", "checkpoint.load"])
+def test_paths_that_cannot_be_looked_at(setting: str, path: str) -> None:
+    if setting == "checkpoint.load" and "~" in path:
+        return  # which a run does not expand
+    errors = [one.text for one in check([*TINY, f"{setting}={path}"]).of(ERROR)]
+    assert len(errors) == 1 and errors[0].startswith(f"{setting}={path.strip(chr(39))}: ")
+
+
+def test_a_folder_that_may_not_be_entered() -> None:
+    findings = Findings()
+    with path_of("run_dir", "/a/b/c", findings):
+        raise PermissionError(13, "Permission denied", "/a/b")
+    (error,) = findings.all
+    assert error.text == "run_dir=/a/b/c: Permission denied: /a/b; choose another path"
+
+
+def test_files_that_vanish_take_no_room(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"12345")
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    assert _present_bytes(tmp_path) == 5
+    assert _present_bytes(tmp_path / "nowhere") == 0
+
+
+# ---- machines
+
+
+@pytest.mark.parametrize(
+    ("words", "machines", "says"),
+    [
+        ([], Machines(64, 3, 8), "--processes 64: --nodes 3 x --gpus-per-node 8 is 24 processes"),
+        (["cluster=lab", "nodes=4"], Machines(16), "nodes=4 x the cluster's 1 a node is 4"),
+        (["nodes=4"], Machines(12, 3), "--nodes 3 and nodes=4 say different things"),
+        (["cluster=gpu8_infiniband"], Machines(None, None, 4), "--gpus-per-node 4 and the clu"),
+        ([], Machines(10, None, 4), "--processes 10 must be a multiple of --gpus-per-node 4; use"),
+        ([], Machines(9, 2), "--processes 9 must be a multiple of --nodes 2; use 10"),
+    ],
+)
+def test_machines_that_contradict(words: list[str], machines: Machines, says: str) -> None:
+    errors = [one.text for one in check([*TINY, *words], machines).of(ERROR)]
+    assert any(says in text for text in errors), errors
+
+
+def test_machines_that_agree(stores: str) -> None:
+    words = [*TINY, stores, "train.train_steps=10", "train.global_batch_size=48"]
+    for machines in (
+        Machines(24, 3, 8),
+        Machines(24, None, 8),
+        Machines(24, 3),
+        Machines(4, None, 8),
+    ):
+        assert not check(words, machines).of(ERROR)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "machines", "says"),
+    [
+        (4, Machines(8, None, 2), "spans nodes of 2 processes"),
+        (4, Machines(None, 2, 6), "does not divide the 6 processes of a node"),
+        (4, Machines(None, 2, 4), None),
+        (4, Machines(8), None),
+    ],
+)
+def test_tensor_ranks_on_several_nodes(tensor: int, machines: Machines, says: str | None) -> None:
+    words = [*TINY, f"parallel.tensor_model_parallel_size={tensor}"]
+    told = [one.text for one in check(words, machines).of(WARNING) if one.topic == "layout"]
+    assert (says is None and told == []) or (says is not None and says in told[0])
+
+
+def test_the_grace_time_is_of_nodes_that_are_known(stores: str) -> None:
+    words = ["+model=magneto_70b", stores, "data.seq_length=64"]
+
+    def told(machines: Machines) -> list[str]:
+        findings = check(words, machines).of(WARNING)
+        return [one.text for one in findings if "grace_seconds" in one.text]
+
+    assert told(Machines(8)) == []
+    assert "GB/s for 1 node; use" in told(Machines(8, 1))[0]
+    assert "GB/s for 2 nodes; use" in told(Machines(8, 2))[0]
+
+
+# ---- memory
+
+
+def test_a_device_is_never_ignored() -> None:
+    def told(*words: str, device: str) -> list[str]:
+        found = check([*TINY, *words], Machines(device=device)).findings
+        return [f"{one.severity}: {one.text}" for one in found if one.topic == "memory"]
+
+    wrong = told("optimizer.lr=0", device="zzz")
+    assert wrong[0].startswith("error: --device zzz: 'zzz' is no device memory")
+    (why,) = told("optimizer.lr=0", device="80GiB")
+    assert why.startswith(f"{NOTE}: memory is not predicted, because there are errors")
+    (why,) = told("data.tokenizer='~nosuchuser/x'", device="80GiB")
+    assert "because the vocabulary is not known" in why
+
+
+@pytest.mark.parametrize(
+    ("model", "words", "processes", "device", "says"),
+    [
+        (
+            "magneto_13b",
+            ["parallel.use_distributed_optimizer=false", "parallel=tp8_sp"],
+            64,
+            "20GiB",
+            "with parallel.use_distributed_optimizer=true it would be",
+        ),
+        ("xmoe_7b_64e", [], 64, "h100-80gb", "parallel.expert_model_parallel_size="),
+        ("magneto_13b", [], 64, "10GiB", "parallel.pipeline_model_parallel_size="),
+        ("magneto_13b", [], 64, "2GiB", "none of the layouts tried is small enough on 64"),
+    ],
+)
+def test_what_would_fit(
+    model: str, words: list[str], processes: int, device: str, says: str
+) -> None:
+    small = ["data.seq_length=1024", "train.global_batch_size=64", "wandb.mode=disabled"]
+    report = check([f"+model={model}", *small, *words], Machines(processes, device=device))
+    (told,) = [one.text for one in report.of(WARNING) if one.topic == "memory"]
+    assert says in told
+    if "none of" in says:
+        return
+    proposed = told.rpartition(": with ")[2].partition(" it would be")[0].split()
+    again = check(
+        [f"+model={model}", *small, *words, *proposed], Machines(processes, device=device)
+    )
+    assert not again.of(ERROR)
+
+
+def test_the_cheapest_change_comes_first() -> None:
+    config = load(["+model=xmoe_7b_64e", "parallel.use_distributed_optimizer=false"])
+    first = next(iter(_leaner(config, 64)))
+    assert first.parallel == replace(config.parallel, use_distributed_optimizer=True)
+    sizes = _finer(config, 64)
+    assert sizes[:3] == [(1, 1, 1), (1, 1, 2), (1, 1, 4)]
+    assert (8, 2, 4) in sizes and max(tensor for tensor, _, _ in sizes) == 8
+
+
 # ---- numbers
 
 
@@ -188,6 +352,10 @@ def test_words_that_do_not_fit_leave_the_others_in() -> None:
         ("a.b_seconds", "2d", float, "it is in seconds: a.b_seconds=172800"),
         ("a.b_seconds", "soon", float, None),
         ("wandb.project", "300B", str, None),
+        ("train.train_steps", "1e999", int, None),
+        ("train.train_steps", "-1e999", int, None),
+        ("train.train_steps", "1e999h", int, None),
+        ("a.b_seconds", "1e999h", float, None),
     ],
 )
 def test_numbers_that_were_meant(setting: str, text: str, kind: type, meant: str | None) -> None:

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml  # type: ignore[import-untyped]
 
 from data.config import Weighting
+from data.mixture_file import read_mixture_file
 from data.scaling_law.law import FamilyLaw, ScalingLaw
 from data.scaling_law.runs_table import RunsTable, make_table
 from data.tokenize_corpus import DEMO_TOKENIZER, open_stores, prepare_stores
@@ -158,6 +160,67 @@ def test_data_of_other_families(
     assert main([str(sweep), *words, "data.languages=[de,hi]"]) == 2
     assert "the sweep has slavic, of which there is no text" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_what_the_runs_of_a_sweep_had(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its rule within families goes into the mixture, what it trained on into the law."""
+    table = runs_of_the_law()
+    table.save(tmp_path / "runs.parquet")
+    rule = {"within_family": "uniform", "drop_languages": ["nl"]}
+    config = {
+        "name": "test",
+        "families": list(LAW),
+        "models": {
+            "n1": {"base": "magneto_tiny"},
+            "n2": {
+                "base": "magneto_tiny",
+                "settings": {"data": {"mixture": {"within_family": "proportional"}}},
+            },
+        },
+        "settings": {"data": {"mixture": rule}},
+        "must_determine_law": False,
+        "single_family": {"cells": {"n1": [1e6]}},
+    }
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump({"config": config, "runs": []}))
+    languages = {"de": "germanic", "nl": "germanic", "hi": "indic", "ru": "slavic"}
+    for number, run in enumerate(sorted(table.wide)):
+        drawn = {"de": 0.5, "hi": 0.0} if number else {"hi": 0.25, "ru": 0.75, "nl": 0.0}
+        fingerprint = {
+            "seq_length": 128 if number == 5 else 64,
+            "tokenizer": "f" * 64,
+            "families": languages,
+            "ratios": [{"shares": drawn}],
+        }
+        (tmp_path / "runs" / run).mkdir(parents=True)
+        (tmp_path / "runs" / run / "run.json").write_text(
+            json.dumps({"data_fingerprint": fingerprint})
+        )
+    (tmp_path / "runs" / sorted(table.wide)[7] / "run.json").write_text('{"cut')
+    typed = ["data.mixture.drop_languages=[]"]
+    assert main([str(tmp_path), *SIZE, *typed, "--output", str(tmp_path / "out")]) == 0
+    settings = read_mixture_file(tmp_path / "out" / "mixture.yaml")
+    assert {name: settings[name] for name in rule} == rule
+    out = capsys.readouterr().out
+    assert "data.mixture.drop_languages=[]: the sweep's runs had ['nl']" in out
+    assert "data.mixture.within_family=" not in out
+    assert "the sweep's n2 shares out the samples within a family otherwise than n1" in out
+    assert "the runs have several of seq_length: 64, 128" in out
+    assert ScalingLaw.load(tmp_path / "out" / "law.yaml").provenance["data"] == {
+        "seq_length": [64, 128],
+        "tokenizer": ["f" * 64],
+        "languages": {"germanic": ["de"], "indic": ["hi"], "slavic": ["ru"]},
+    }
+
+
+def test_text_of_dropped_languages_does_not_count(tmp_path: Path) -> None:
+    stores = stores_of(["de", "nl", "hi"], tmp_path)
+    table = runs_of_the_law()
+    table.where(row["family"] != "slavic" for row in table.rows).save(tmp_path / "runs.csv")
+    words = [f"data.store_dir={stores}", "data.seq_length=64", "data.mixture.drop_languages=[nl]"]
+    assert main([str(tmp_path / "runs.csv"), *SIZE, *words, "--output", str(tmp_path / "out")]) == 0
+    goal = json.loads((tmp_path / "out" / "comparison.json").read_text())["goal"]
+    tokens = {store.language: store.tokens for store in open_stores(stores, "train")}
+    assert goal["supply"]["germanic"] == pytest.approx(tokens["de"], abs=64)
 
 
 def test_a_sparse_target(sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

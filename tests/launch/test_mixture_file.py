@@ -93,7 +93,8 @@ def test_what_is_refused(file: Path, tmp_path: Path) -> None:
         "data/mixture=unifrm": "conf/data/mixture/unifrm.yaml; did you mean data/mixture=uniform?",
         "data/mixture=": "There are proportional, temperature, uniform, unimax; or give the path",
         "data/mixture=none.yaml": "data/mixture=none.yaml: no such file",
-        "+data/mixture=uniform": "+data/mixture=uniform: write data/mixture=uniform",
+        "~data/mixture=uniform": "~data/mixture=uniform: write data/mixture=uniform",
+        "data/mixture=~nosuchuser/mix.yaml": "home directory",
         "data/mixtur=uniform": "there is no setting data/mixtur; did you mean data/mixture?",
         f"data/mixture={file},uniform": "add --multirun for a sweep",
     }
@@ -132,6 +133,24 @@ def test_a_sweep_over_files(file: Path) -> None:
     assert names[1] is not None and names[1].startswith("data.mixture=uniform-")
     assert len(names[0]) < 32
     assert [short_name(word) for word in words[:3]] == [None] * 3
+    # words of Hydra's own, which conf/pretrain.yaml takes out of the folder's name as well
+    assert short_name(f"+{jobs[0]}") == short_name(f"++{jobs[0]}") == names[0]
+
+
+def test_names_of_ones_own(tmp_path: Path) -> None:
+    """In a --config-dir, also where one of ours has the name, and with the + that Hydra takes."""
+    folder = tmp_path / "conf" / "data" / "mixture"
+    folder.mkdir(parents=True)
+    for name in ("mine", "uniform"):
+        (folder / f"{name}.yaml").write_text("alpha: 0.125\n")
+    searched = f"hydra.searchpath=['file://{tmp_path / 'conf'}']"
+    for word in ("data/mixture=mine", "+data/mixture=mine", "data/mixture=uniform"):
+        assert mixture(searched, word) == MixtureConfig(alpha=0.125)
+        for option in (["--config-dir", str(tmp_path / "conf")], [f"-cd={tmp_path / 'conf'}"]):
+            assert with_mixture_files([*option, word])[-1] == "data.mixture={alpha:0.125}"
+    assert mixture("+data/mixture=uniform").weighting is Weighting.uniform
+    (problem,) = problems(searched, "data/mixture=mien")
+    assert "did you mean data/mixture=mine? There are mine, proportional" in problem
 
 
 def start(*words: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:

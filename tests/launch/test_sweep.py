@@ -1,28 +1,33 @@
 """Sweeps: folders, the runner with a stand-in for the training, and one with real trainings."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml  # type: ignore[import-untyped]
 
+from data.folder_lock import FolderLock
 from data.scaling_law.design import ModelShape, design
 from data.scaling_law.runs_table import read_runs
 from data.scaling_law.sweep_config import make_sweep
 from launch import sweep
 from launch.schema import CONF, shipped_models
-from launch.sweep_collect import collect
+from launch.sweep_collect import check_evaluation, collect
+from launch.sweep_devices import environment, most_jobs, slurm_words, usable_gpus
 from launch.sweep_folder import (
     BEGUN,
     DONE,
     FAILED,
     NEW,
+    RUNNING,
     SweepFolder,
     compose_run,
     describe_cost,
@@ -30,7 +35,7 @@ from launch.sweep_folder import (
     save_interval,
     write_sweep_folder,
 )
-from launch.sweep_runner import Runner
+from launch.sweep_runner import Runner, Started
 from models.parameter_count import parameter_count
 from pretrain.config import validate
 
@@ -59,6 +64,7 @@ DESIGN: dict[str, Any] = {
     },
 }
 FIRST = "confirm_n1_128_mostly-germanic_s1"
+FIRST_HELD = "confirm_n1_192_mostly-germanic_s1"
 
 
 SHAPES = {"n1": ModelShape(num_parameters=2976, flops_per_token=3e4, tokens_per_step=64)}
@@ -238,17 +244,21 @@ def held_sweep(folder: Path) -> SweepFolder:
     return sweep
 
 
-def start(folder: SweepFolder) -> "subprocess.Popen[str]":
+def start(
+    folder: SweepFolder, steps: Sequence[int] = (2, 2), gpus: Sequence[str] = ()
+) -> "subprocess.Popen[str]":
+    """A runner in a process of its own, once its trainings have come to these steps."""
     code = (
         "import sys; from pathlib import Path; from launch.sweep_folder import read_sweep_folder; "
         "from launch.sweep_runner import Runner; "
         f"folder = read_sweep_folder(Path({str(folder.path)!r})); "
-        f"sys.exit(not Runner(folder, 2, 1, script=Path({str(STAND_IN)!r})).run())"
+        f"sys.exit(not Runner(folder, 2, 1, gpus={list(gpus)!r}, "
+        f"script=Path({str(STAND_IN)!r})).run())"
     )
     process = subprocess.Popen(
         [sys.executable, "-u", "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True
     )
-    wait_until(lambda: steps_of(folder) == [2, 2])
+    wait_until(lambda: steps_of(folder) == list(steps))
     return process
 
 
@@ -295,6 +305,173 @@ def test_a_killed_runner_takes_its_trainings_with_it(tmp_path: Path) -> None:
     assert finished
     assert len((folder.path / "started").read_text().splitlines()) == 3
     assert set(folder.states().values()) == {DONE} and steps_of(folder) == [3, 3, 3]
+
+
+def test_what_another_is_at_work_on_is_left_to_it(tmp_path: Path) -> None:
+    folder = make(tmp_path)
+    with FolderLock(folder.run_dir(FIRST)):
+        assert folder.states()[FIRST] == RUNNING
+        began = time.monotonic()
+        finished, said = run(folder, wait_for_others=0.5)
+    assert not finished and time.monotonic() - began < 30
+    assert any(line.startswith(f"  at work elsewhere: {FIRST}: ") for line in said)
+    assert not any("failed" in line for line in said)
+    assert FIRST not in {attempt["run"] for attempt in folder.attempts()}
+    assert sorted(folder.states().values()) == sorted([NEW, DONE, DONE])
+
+
+def test_a_run_that_is_given_free_meanwhile_is_started(tmp_path: Path) -> None:
+    folder = make(tmp_path)
+    lock = FolderLock(folder.run_dir(FIRST))
+    lock.__enter__()
+    timer = threading.Timer(2.0, lock.__exit__, (None, None, None))
+    timer.start()
+    assert run(folder)[0]
+    timer.join()
+    assert folder.attempts()[-1]["run"] == FIRST
+
+
+def test_one_that_finds_its_folder_taken_has_not_failed(tmp_path: Path) -> None:
+    """Another runner was faster between the look at the lock and the training's own lock."""
+    folder = make(tmp_path)
+    runner = Runner(folder, 1, 1, say=lambda text: None, script=STAND_IN)
+    with FolderLock(folder.run_dir(FIRST)):
+        process = subprocess.Popen([sys.executable, "-c", "raise SystemExit(2)"])
+        runner._note(Started(FIRST, process, time.time(), 0), process.wait(), 0.1)
+    assert folder.attempts() == [] and [run.name for run in runner._queue] == [FIRST]
+
+
+def test_a_signal_starts_nothing_more_and_reaches_what_was_starting(tmp_path: Path) -> None:
+    folder = held_sweep(tmp_path)
+    runner = Runner(folder, 1, 1, say=lambda text: None, script=STAND_IN)
+    runner._start(FIRST_HELD)
+    runner._working, late = [], runner._working  # as between Popen and append
+    runner._stop(signal.SIGTERM, None)
+    runner._working = late
+    wait_until(lambda: steps_of(folder) == [2])
+    runner._tell()
+    while runner._working:
+        runner._reap()
+        time.sleep(0.02)
+    assert [attempt["exit_code"] for attempt in folder.attempts()] == [os.EX_TEMPFAIL]
+    runner._start(FIRST_HELD)
+    assert not runner._working and runner._next() is None
+
+
+def test_a_line_of_attempts_that_a_kill_cut_off(tmp_path: Path) -> None:
+    folder = make(tmp_path)
+    folder.record({"run": "a"})
+    path = folder.path / "attempts.jsonl"
+    path.write_text(path.read_text() + '{"run": "b", "fai')
+    folder.record({"run": "c"})
+    folder.record({"run": "d"})
+    assert [attempt["run"] for attempt in folder.attempts()] == ["a", "c", "d"]
+
+
+def test_a_family_without_validation_text(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make(tmp_path)
+    run(folder)
+    path = folder.run_dir(FIRST) / "metrics.jsonl"
+    metrics = json.loads(path.read_text())
+    del metrics["eval/family/romance/loss"]
+    path.write_text(json.dumps(metrics) + "\n")
+    told = collect(folder)[1]
+    assert len(told) == 1 and "has no loss of romance at step 2" in told[0]
+    # none of the data's validation stores is of the family
+    monkeypatch.setattr("launch.sweep_collect.evaluation_tokens", lambda c: {"germanic": 64})
+    assert sweep.main(["collect", str(folder.path)]) == 2
+    assert "error: romance: there is no validation text" in capsys.readouterr().err
+    check_evaluation(FAMILIES, dict.fromkeys(FAMILIES, 1))
+    with pytest.raises(ValueError, match=r"^germanic: there is no validation text"):
+        check_evaluation(FAMILIES, {"germanic": 0, "romance": 3})
+
+
+# ---------------------------------------------------------------- devices
+
+
+def processes_of(folder: SweepFolder) -> list[str]:
+    return sorted((folder.path / "processes").read_text().splitlines())
+
+
+def test_runs_of_two_processes(tmp_path: Path) -> None:
+    folder = make(tmp_path, confirm={"cells": {"n1": [3 * 64]}}, devices_per_run=2)
+    only = FIRST_HELD
+    for other in set(folder.by_name) - {only}:  # one is enough: torchrun imports torch
+        folder.run_dir(other).mkdir(parents=True)
+        (folder.run_dir(other) / "status.json").write_text('{"state": "finished", "step": 3}')
+    (folder.path / "hold").touch()
+    runner = start(folder, [2])
+    wait_until(lambda: len(processes_of(folder)) == 2)
+    runner.send_signal(signal.SIGTERM)
+    runner.communicate(timeout=120)
+    assert folder.states()[only] == BEGUN and not folder.attempts()[0]["failed"]
+    assert not trainings(folder)
+    assert processes_of(folder) == ["0/2 -", "1/2 -"]
+    (folder.path / "hold").unlink()
+    assert run(folder)[0]
+    assert processes_of(folder) == ["0/2 -"] * 2 + ["1/2 -"] * 2
+
+
+def test_each_job_has_gpus_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    folder = make(tmp_path, device="gpu")
+    (folder.path / "hold").touch()
+    runner = start(folder, [1, 1], gpus=["4", "7"])
+    assert processes_of(folder) == ["0/1 4", "0/1 7"]
+    runner.kill()
+    runner.communicate(timeout=120)
+    wait_until(lambda: not trainings(folder))
+
+    config = make(tmp_path / "large", device="gpu", devices_per_run=2).config
+    assert usable_gpus(config, 5) == ["0", "1", "2", "3", "4"]
+    assert most_jobs(config, usable_gpus(config, 5), cores=64, threads=1) == 2
+    assert environment(config, ["4", "5", "6", "7"], 1, 1)["CUDA_VISIBLE_DEVICES"] == "6,7"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a,GPU-b,GPU-c")
+    assert usable_gpus(config, None) == ["GPU-a", "GPU-b", "GPU-c"]
+    assert usable_gpus(config, 2) == ["GPU-a", "GPU-b"]
+    path = str(tmp_path / "large" / "sweep")
+    assert sweep.main(["run", path, "--jobs", "2"]) == 2
+    assert "--jobs 2: 3 GPUs are enough for 1 trainings" in capsys.readouterr().err
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert sweep.main(["run", path]) == 2
+    assert "device=gpu and devices_per_run=2: this machine has 0 GPUs" in capsys.readouterr().err
+    cpu = make(tmp_path / "cpu")
+    assert sweep.main(["run", str(cpu.path), "--gpus", "1"]) == 2
+    assert "this sweep has device=cpu_core" in capsys.readouterr().err
+    assert most_jobs(cpu.config, [], cores=8, threads=3) == 2
+
+
+def test_gpus_that_nvidia_smi_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make(tmp_path, device="gpu").config
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho 'GPU 0: one (UUID: a)'\necho 'GPU 1: two (UUID: b)'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert usable_gpus(config, None) == ["0", "1"]
+
+
+def test_slurm_jobs_have_as_many_tasks_as_processes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gpu = make(tmp_path, device="gpu", devices_per_run=8)
+    path = str(gpu.path)
+    assert sweep.main(["run", path, "--slurm", "--multirun"]) == 0
+    words = capsys.readouterr().out.split()
+    assert "hydra.launcher.tasks_per_node=8" in words and "hydra.launcher.gpus_per_node=8" in words
+    nodes = "hydra.launcher.nodes=2"
+    tasks, gpus = "hydra.launcher.tasks_per_node", "hydra.launcher.gpus_per_node"
+    assert slurm_words(gpu.config, [nodes]) == [f"{tasks}=4", f"{gpus}=4"]
+    assert slurm_words(gpu.config, [f"{tasks}=2"]) == [f"{gpus}=2"]
+    assert slurm_words(make(tmp_path / "cpu").config, []) == [f"{tasks}=1"]
+    with pytest.raises(ValueError, match=r"hydra\.launcher\.nodes=3: devices_per_run=8"):
+        slurm_words(gpu.config, ["hydra.launcher.nodes=3"])
+    assert sweep.main(["run", path, "--multirun"]) == 2
+    assert "--multirun: Hydra starts one process a run" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- real trainings

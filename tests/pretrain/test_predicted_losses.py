@@ -16,7 +16,7 @@ import pytest
 
 from data.config import MixtureConfig, Weighting, WhenExhausted
 from data.language_mixture import LanguageMixture
-from data.mixture_law import open_law, open_law_of
+from data.mixture_law import differences, open_law, open_law_of
 from data.token_store import TokenStore, TokenStoreWriter
 from launch.schema import load
 from pretrain.html_report import render, write_html_report
@@ -100,6 +100,34 @@ def test_the_end_of_a_run(stores: list[TokenStore]) -> None:
     assert short.step == stops.end // 10 and short.tokens == short.step * 10 * 8
     done = predictions.end_point(state, train_steps=5, global_batch_size=10)
     assert (done.step, done.tokens) == (10, 790)
+
+
+def test_a_run_of_another_kind_than_those_of_the_law(stores: list[TokenStore]) -> None:
+    law, mixture = a_law(["germanic", "indic"]), mixture_of(stores)
+    assert differences(law, mixture, sparse=False) == []  # what its runs had is not known
+    same = {
+        "seq_length": [8],
+        "tokenizer": ["f" * 64],
+        "languages": {"germanic": ["de", "en"], "indic": ["hi"], "slavic": ["cs"]},
+    }
+    law.provenance["data"] = same
+    assert differences(law, mixture, sparse=False) == []
+    law.provenance["data"] = {
+        "seq_length": [16, 32],
+        "tokenizer": ["e" * 64],
+        "languages": {"germanic": ["en", "nl"], "indic": ["hi"]},
+    }
+    found = differences(law, mixture, sparse=True)
+    assert len(found) == 4
+    assert found[0].startswith("the model is sparse; its N counts all experts")
+    assert found[1].startswith("seq_length=8: the runs of its sweep had 16 and 32")
+    assert found[2].startswith(f"tokenizer={'f' * 16}: the runs of its sweep had {'e' * 16},")
+    assert found[3].startswith("germanic is without nl and with de, unlike")
+    never = mixture_of(stores, ratios={"germanic": 0.0, "indic": 1.0})
+    assert not any("germanic" in line for line in differences(law, never, sparse=False))
+    end = PredictedLosses(law, mixture, N, found).end_point(TrainState(), 100, 10)
+    assert end.warnings == found
+    assert end.lines("law.yaml")[-1] == f"WARNING: the law is used outside of its fit: {found[3]}"
 
 
 def test_it_is_kept_in_the_run_folder(tmp_path: Path) -> None:

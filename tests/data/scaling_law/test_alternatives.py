@@ -5,7 +5,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from data.scaling_law.alternatives import exponent_check, transfer_check
+from data.scaling_law.alternatives import _compare, _rank, exponent_check, transfer_check
 from data.scaling_law.fit import FitSettings, fit_law
 from data.scaling_law.law_checks import check_lines
 from data.scaling_law.mixing_law import compare_mixing_law, fit_mixing, largest_group
@@ -171,3 +171,37 @@ def test_checks_of_some_families_know_the_ratios_of_all() -> None:
     lines = check_lines(table, fit_law(table, some), some)
     assert any("germanic: slavic" in line and "indic" in line for line in lines)
     assert not any(line.startswith("  indic: ") and "mixing" in line for line in lines)
+
+
+def test_runs_with_a_parameter_of_their_own_are_not_predicted() -> None:
+    """The last row alone has the second column: nothing says what it would have been."""
+    plain = np.array([[1.0, 0], [1, 0], [1, 0], [1, 0], [1, 1]])
+    residual = np.array([0.01, -0.01, 0.02, -0.02, 0.5])
+    contrasts = np.array([[0.1, -0.1], [0.1, -0.1], [-0.1, 0.1], [-0.1, 0.1], [0.0, 0.0]])
+    check = _compare(residual, plain, contrasts, ["a", "b"])
+    # the mean of the other three of four is off by 4/3 of the residual
+    assert check.held_out_rms == pytest.approx(4 / 3 * np.sqrt(np.mean(residual[:4] ** 2)))
+    # and a row of its pair by twice the residual around the pair's mean, 0
+    assert check.held_out_rms_with == pytest.approx(2 * np.sqrt(np.mean(residual[:4] ** 2)))
+    few = _compare(residual[2:], plain[2:], contrasts[2:], ["a", "b"])
+    assert np.isnan(few.held_out_rms) and np.isnan(few.held_out_rms_with)
+
+
+def test_ranks_are_counted_by_numpy_1_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its matrix_rank has no rtol, only the absolute tol."""
+    rank = np.linalg.matrix_rank
+
+    def of_numpy_1(A: np.ndarray, tol: float | None = None, hermitian: bool = False) -> int:
+        return int(rank(A, tol=tol, hermitian=hermitian))
+
+    monkeypatch.setattr(np.linalg, "matrix_rank", of_numpy_1)
+    table = sweep(SIZES[:3], mixtures=[*GRID, *MIXTURES[:3]], noise=0.003)
+    quick = FitSettings(bootstrap=0, folds=0)
+    check = transfer_check(table, fit_law(table, quick).families, quick)["indic"]
+    assert 0 <= check.p_value <= 1
+
+
+def test_tolerance_of_ranks_is_relative() -> None:
+    columns = np.array([[1.0, 0], [0, 1e-6], [0, 0]])
+    assert [_rank(columns * scale) for scale in (1e-8, 1.0, 1e8)] == [2, 2, 2]
+    assert _rank(columns * [1, 1e-6]) == 1

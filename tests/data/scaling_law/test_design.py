@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,23 @@ import pytest
 from data.scaling_law.design import (
     ModelShape,
     PlannedRun,
-    d_optimal,
     design,
-    log_determinant,
-    simplex_grid,
     total_flops,
     undetermined,
 )
+from data.scaling_law.fit import FitSettings, UnderdeterminedError, fit_law
+from data.scaling_law.grid_mixtures import (
+    candidates,
+    d_optimal,
+    log_determinant,
+    sample_simplex_grid,
+    simplex_grid,
+    simplex_grid_size,
+)
+from data.scaling_law.law import FamilyLaw
+from data.scaling_law.runs_table import RunsTable, make_table
 from data.scaling_law.sweep_config import make_sweep, read_sweep
+from tests.data.scaling_law.synthetic import row
 
 FAMILIES = ["germanic", "indic", "romance", "sino-tibetan", "slavic"]
 SHAPES = {
@@ -41,6 +51,29 @@ def runs_of(**changes: Any) -> list[PlannedRun]:
     return design(make_sweep(SWEEP, "test", changes), SHAPES)
 
 
+def table_of(runs: list[PlannedRun]) -> RunsTable:
+    """What these runs would be collected to, of a plain law with a little noise."""
+    random = np.random.default_rng(0)
+    law = FamilyLaw(E=1.5, A=9.0, alpha=0.3, B=20.0, beta=0.3, gamma=0.1)
+    return make_table(
+        row(
+            run=run.name,
+            num_parameters=run.num_parameters,
+            tokens=run.tokens,
+            seed=run.seed,
+            purpose=run.purpose,
+            family=family,
+            ratio=ratio,
+            loss=float(
+                law.loss(run.num_parameters, run.tokens, ratio or 1.0)
+                * np.exp(random.normal(scale=0.003))
+            ),
+        )
+        for run in runs
+        for family, ratio in run.ratios.items()
+    )
+
+
 def problems(**changes: Any) -> str:
     with pytest.raises(ValueError) as caught:
         design(make_sweep(SWEEP, "test", changes), SHAPES)
@@ -56,6 +89,27 @@ def test_the_grid_has_every_ratio_vector_once(step: float, floor: float) -> None
     steps = int((1 - 4 * floor) / step + 1e-9)
     assert len(grid) == len({tuple(np.round(p, 9)) for p in grid}) == math.comb(steps + 3, 3)
     assert all(math.isclose(math.fsum(p), 1) and min(p) >= floor - 1e-12 for p in grid)
+
+
+def test_a_grid_too_large_to_write_down_is_sampled() -> None:
+    """23 families: 9e9 mixtures."""
+    assert simplex_grid_size(4, 0.1, 0.05) == len(list(simplex_grid(4, 0.1, 0.05)))
+    assert simplex_grid_size(23, 0.05, 0.01) > 9e9
+    sample = sample_simplex_grid(23, 0.05, 0.01, 200, seed=1)
+    assert len(set(sample)) == len(sample) == 200
+    assert all(math.isclose(math.fsum(p), 1) and min(p) >= 0.01 - 1e-12 for p in sample)
+    assert sample == sample_simplex_grid(23, 0.05, 0.01, 200, seed=1)
+    assert sample != sample_simplex_grid(23, 0.05, 0.01, 200, seed=2)
+
+
+def test_a_sample_is_even_over_the_grid(monkeypatch: pytest.MonkeyPatch) -> None:
+    grid = {tuple(np.round(p, 9)) for p in simplex_grid(3, 0.1, 0.05)}
+    drawn = {tuple(np.round(p, 9)) for p in sample_simplex_grid(3, 0.1, 0.05, 2000, seed=1)}
+    assert drawn == grid
+    monkeypatch.setattr("data.scaling_law.grid_mixtures.MOST_CANDIDATES", len(grid) - 1)
+    assert {tuple(np.round(p, 9)) for p in candidates(3, 0.1, 0.05, 1)} < grid
+    monkeypatch.setattr("data.scaling_law.grid_mixtures.MOST_CANDIDATES", len(grid))
+    assert len(candidates(3, 0.1, 0.05, 1)) == len(grid)
 
 
 @pytest.mark.parametrize("degree", [1, 2])
@@ -151,12 +205,94 @@ def test_less_than_a_step() -> None:
 
 def test_runs_that_do_not_determine_the_law() -> None:
     told = problems(single_family={"cells": {"small": [400, 800], "middle": [800], "large": [800]}})
-    assert "slavic: 3 sizes, 2 token budgets, 4 pairs of them; E, A, alpha, B and beta" in told
+    assert "B and beta need runs of 3 training lengths, there are 2 (tokens=400, 800)" in told
+    assert "sizes and lengths come from single_family.cells" in told
     alone = {k: v for k, v in SWEEP.items() if k not in ("grid", "hypothesis")}
-    with pytest.raises(ValueError, match="indic: at no size and budget has it 3 ratios"):
+    with pytest.raises(
+        ValueError, match=r"indic, .*: gamma needs runs of at least 2 .* all 5 have ratio 1"
+    ):
         design(make_sweep(alone, "test"), SHAPES)
     assert len(design(make_sweep(alone, "test", {"must_determine_law": False}), SHAPES)) == 25
-    assert undetermined(FAMILIES, runs_of()) == []
+    assert undetermined(runs_of()) == []
+
+
+def test_sizes_and_lengths_that_move_together_do_not_determine_the_law() -> None:
+    """20 tokens a parameter at 5 sizes: enough of each, and the fit could not tell them apart."""
+    shapes = {
+        f"m{n}": ModelShape(num_parameters=n, flops_per_token=6.0 * n, tokens_per_step=10)
+        for n in (100, 200, 400, 800, 1600)
+    }
+    cells = {name: [20.0 * shape.num_parameters] for name, shape in shapes.items()}
+    sweep: dict[str, Any] = {
+        "name": "chinchilla",
+        "families": FAMILIES[:3],
+        "models": {name: {"base": "magneto_tiny"} for name in shapes},
+        "grid": {"cells": cells, "points": 5},
+        "single_family": {"cells": cells},
+    }
+    with pytest.raises(
+        ValueError, match=r"cannot be told apart: .* add a size at a training"
+    ) as caught:
+        design(make_sweep(sweep, "test"), shapes)
+    runs = design(make_sweep(sweep, "test", {"must_determine_law": False}), shapes)
+    with pytest.raises(UnderdeterminedError) as refused:  # the same, after all compute
+        fit_law(table_of(runs))
+    assert str(caught.value).splitlines()[:-1] == refused.value.missing
+
+
+def test_a_design_that_passes_can_be_fitted() -> None:
+    assert set(fit_law(table_of(runs_of()), FitSettings(bootstrap=0)).families) == set(FAMILIES)
+
+
+def test_runs_that_check_predictions_do_not_determine_the_law() -> None:
+    only_confirm = {k: v for k, v in SWEEP.items() if k in ("name", "families", "models")}
+    confirm = {"cells": {"small": [800]}, "mixtures": {"m": dict.fromkeys(FAMILIES, 0.2)}}
+    with pytest.raises(ValueError, match="all runs are for confirm"):
+        design(make_sweep(only_confirm | {"confirm": confirm}, "test"), SHAPES)
+    single = {"cells": {"small": [400, 800, 1600], "middle": [800], "large": [800]}}
+    grid = {"cells": {"small": [800]}, "points": 10, "repeated": 0}
+    sweep = only_confirm | {"single_family": single, "confirm": confirm}
+    with pytest.raises(ValueError, match="all 5 have ratio 1"):  # 0.2 of each is a check's
+        design(make_sweep(sweep, "test"), SHAPES)
+    assert design(make_sweep(sweep | {"grid": grid}, "test"), SHAPES)
+
+
+def test_a_family_no_run_draws() -> None:
+    alone = {other: float(other == "indic") for other in FAMILIES}
+    told = undetermined([replace(run, ratios=alone) for run in runs_of()[:3]])
+    assert "germanic: no run has a loss of it at a ratio above 0" in told[0]
+
+
+def test_families_that_begin_alike_have_runs_of_their_own() -> None:
+    families = ["austroasiatic", "austronesian", "germanic", "indic"]
+    runs = [
+        run
+        for run in design(make_sweep(SWEEP | {"families": families}, "test"), SHAPES)
+        if run.purpose == "hypothesis" and run.seed == 1
+    ]
+    assert len(runs) == 6 + 4
+    labels = [run.name.removeprefix("hyp_small_800_").removesuffix("_s1") for run in runs]
+    assert {"austroasiatic-austronesian", "austroasiatic-germ", "germ-indi", "germ"} < set(labels)
+
+
+def test_names_of_hypothesis_runs_stay_as_finished_sweeps_have_them() -> None:
+    names = {run.name for run in runs_of() if run.purpose == "hypothesis"}
+    assert {"hyp_small_800_roma-sino_s2", "hyp_small_800_germ-indi_s1", "hyp_small_800_slav_s1"} < (
+        names
+    )
+
+
+def test_runs_of_one_name_are_refused() -> None:
+    told = problems(grid={"cells": {"small": [1e5, 100000]}})
+    assert "more than one run is named grid_small_100k_01_s1" in told and "and " in told
+
+
+def test_repeated_mixtures_are_counted_as_numbers() -> None:
+    families = {"families": FAMILIES[:3], "hypothesis": {"cells": {}}}
+    grid = {"points": 101, "repeated": 12, "degree": 1, "cells": {"small": [800]}}
+    runs = [run for run in runs_of(**families, grid=grid) if run.purpose == "grid"]
+    twice = {run.name.split("_")[3] for run in runs if run.seed == 2}
+    assert twice == {f"{number:02d}" for number in range(1, 13)}
 
 
 # ---------------------------------------------------------------- settings

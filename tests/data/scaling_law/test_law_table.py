@@ -45,6 +45,27 @@ def test_quality_and_parameters() -> None:
     assert "below them 90 % intervals; set, not fitted: beta=0.3" in text
     row = next(line for line in lines if line[:1] == ["slavic"] and len(line) == 7)
     assert row[-2:] == ["0.3", "0.1"]
+    assert "gamma alone" not in text
     bare = describe_law(replace(LAW, bootstrap={}))
     assert "intervals" not in bare and ".." not in bare
     assert max(map(len, text.splitlines())) <= 100
+
+
+def test_gamma_alone_stands_beside_the_fitted_one() -> None:
+    quality: dict[str, dict[str, float]] = {name: {"rows": 12.0} for name in GAMMA}
+    quality["slavic"] |= {"gamma_alone": 0.09876, "gamma_alone_error": 0.00123}
+    lines = describe_law(replace(LAW, quality=quality)).splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("gamma alone: the slope"))
+    assert [line.split() for line in lines[start + 1 :]] == [
+        ["family", "gamma", "std.", "error"],
+        ["slavic", "0.09876", "0.0012"],
+    ]
+
+
+def test_held_out_errors_over_some_of_the_losses_say_so() -> None:
+    quality = {name: {"rows": 12.0, "held_out_rows": 12.0} for name in GAMMA}
+    assert "held-out errors are over" not in describe_law(replace(LAW, quality=quality))
+    quality["slavic"]["held_out_rows"] = 9.0
+    text = describe_law(replace(LAW, quality=quality))
+    assert text.count("held-out errors are over") == 1
+    assert "  slavic: held-out errors are over 9 of 12 losses, where the others" in text
