@@ -9,6 +9,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -66,9 +67,17 @@ def measured_peak(device: "torch.device", precision: str, seconds: float = 0.2) 
     """Best rate in FLOP/s of square matmuls repeated for `seconds` (but at least three times).
 
     1024^3 in fp32 on a CPU whatever the precision of the run, with every core this process may
-    use, so that the answer is the machine's; the thread count is put back. 8192^3 in the given
-    precision on an accelerator.
+    use, so that the answer is the machine's. 8192^3 in the given precision on an accelerator.
     """
+    if device.type != "cpu":
+        return _measured_peak(device, precision, seconds)
+    # OpenMP keeps the threads of a region until the thread that opened it ends. Left in a process
+    # that forks later, they hang the first large matmul of the child, which has none of them.
+    with ThreadPoolExecutor(1, "measured_peak") as passing_thread:
+        return passing_thread.submit(_measured_peak, device, precision, seconds).result()
+
+
+def _measured_peak(device: "torch.device", precision: str, seconds: float) -> float:
     import torch
 
     on_cpu = device.type == "cpu"

@@ -13,6 +13,7 @@ from pretrain.throughput import (
     peak_memory_bytes,
     vendor_peak,
 )
+from tests.distributed import close_pool, run_on_gloo
 
 
 @pytest.mark.parametrize(
@@ -84,6 +85,19 @@ def test_a_gpu_stays_below_its_vendor_peak():
     assert 0.3 * found[0] < measured < 1.05 * found[0]
     assert peak_flops(device, "bf16") == found
     assert peak_flops_of_run(device, "bf16", world_size=8, ranks_per_host=8)[0] == 8 * found[0]
+
+
+def measured_on_this_rank() -> float:
+    return measured_peak(torch.device("cpu"), "fp32", seconds=0.01)
+
+
+def test_measuring_leaves_no_threads_that_a_fork_would_miss():
+    """Else the first large matmul of a forked process waits for threads it does not have."""
+    threads = torch.get_num_threads()
+    assert measured_on_this_rank() > 0
+    assert torch.get_num_threads() == threads
+    close_pool()  # workers forked from now on
+    assert run_on_gloo(1, measured_on_this_rank, timeout=30.0)[0] > 0
 
 
 def test_refuses_an_unknown_precision():
