@@ -438,25 +438,14 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "--full", action="store_true",
         help="also 1e8 planned samples for peers that build an index: minutes and gigabytes each",
     )  # fmt: skip
-    parser.add_argument(
-        "--peers", nargs="+", choices=PEERS, default=list(PEERS), metavar="PEER",
-        help="any of: " + ", ".join(PEERS),
-    )  # fmt: skip
-    parser.add_argument(
-        "--venvs", type=Path, default=peer_venvs.cache_root(),
-        help="where the peers' environments and data are kept (default: %(default)s)",
-    )  # fmt: skip
+    peer_venvs.add_peer_arguments(parser, PEERS, "environments and data")
     parser.add_argument(
         "--json", type=Path, default=None,
         help="where the figures go, and the tables with the suffix .md "
         "(default: outputs/benchmarks/data.json)",
     )  # fmt: skip
     parser.add_argument("--timeout", type=float, default=900.0, help="seconds for one answer")
-    given = parser.parse_args(arguments)
-    for option in ("rounds", "starts"):
-        if getattr(given, option) < 1:
-            parser.error(f"--{option}={getattr(given, option)}: at least 1 is needed")
-    return given
+    return peer_venvs.parse_with_at_least_one(parser, arguments, "rounds", "starts")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -464,14 +453,9 @@ def main(arguments: list[str] | None = None) -> int:
     venvs = given.venvs.expanduser().resolve()
     peers = [PEERS[name] for name in given.peers]
     bench = Bench(venvs, venvs / "loader-data", given.seconds, given.timeout)
-    not_installed = peer_venvs.install_all(
-        (peer.environment for peer in peers), venvs, INSTALL_TIMEOUT_SECONDS
+    failures = peer_venvs.install_peers(
+        {peer.name: peer.environment for peer in peers}, venvs, INSTALL_TIMEOUT_SECONDS
     )
-    failures = {
-        peer.name: not_installed[peer.environment.name]
-        for peer in peers
-        if peer.environment.name in not_installed
-    }
     started = datetime.now(UTC).isoformat(timespec="seconds")
     figures = {peer.name: Figures() for peer in peers}
     prepared: dict[str, float] = {}

@@ -4,7 +4,8 @@
 
 Each case runs in real processes over gloo. What is there before the first step is counted tensor by
 tensor; what the step takes on top is the peak of what torch's profiler sees its CPU allocator hand
-out and take back, which is exact whatever the operating system does. Prints a table by part.
+out and take back, which is exact whatever the operating system does. Prints a table by part. With
+engine=deepspeed a first step goes before, for ZeRO-3 gathers otherwise in it.
 """
 
 from __future__ import annotations
@@ -12,57 +13,17 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-from models.config import Activation, LayerNormPlacement, ModelConfig, Normalization
+from benchmarks.memory_cases import CASES, VOCABULARY, Case
 from models.memory import StageMemory, predict_memory, readable
-from models.moe_config import MoEConfig, RouterType
-from parallel.config import (
-    ContextParallelComm,
-    OptimizerConfig,
-    ParallelConfig,
-    Precision,
-    RecomputeGranularity,
-    SubLayerNormReduction,
-    TokenDispatcher,
-)
-
-VOCABULARY = 512
-MODEL = ModelConfig(
-    name="memory",
-    num_layers=4,
-    hidden_size=128,
-    ffn_hidden_size=512,
-    num_attention_heads=4,
-    max_position_embeddings=512,
-)
-GROUPED = replace(
-    MODEL,
-    num_query_groups=2,
-    activation=Activation.swiglu,
-    normalization=Normalization.rms_norm,
-    add_bias_linear=False,
-    share_embeddings_and_output_weights=False,
-    layer_norm_placement=LayerNormPlacement.pre_ln,
-)
-SPARSE = replace(MODEL, moe=MoEConfig(num_experts=4, router_topk=2, layer_freq=2))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    model: ModelConfig = field(default_factory=lambda: MODEL)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    world_size: int = 1
-    seq_length: int = 256
-    micro_batch_size: int = 2
-    micro_batches: int = 2
-    resets: bool = False
+from parallel.config import OptimizerConfig
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Bytes that one rank took in its first step."""
+    """Bytes that one rank took in a step; with DeepSpeed all but parameters is `optimizer`."""
 
     stage: int
     parameters: int
@@ -76,94 +37,21 @@ class Measured:
         return self.parameters + self.gradients + self.optimizer + self.step
 
 
-def layout(**sizes: Any) -> ParallelConfig:
-    long = {
-        "tp": "tensor_model_parallel_size",
-        "pp": "pipeline_model_parallel_size",
-        "vpp": "virtual_pipeline_model_parallel_size",
-        "cp": "context_parallel_size",
-        "ep": "expert_model_parallel_size",
-        "etp": "expert_tensor_parallel_size",
-        "sp": "sequence_parallel",
-        "zero": "use_distributed_optimizer",
-        "recompute": "recompute_granularity",
-    }
-    return ParallelConfig(**{long.get(name, name): value for name, value in sizes.items()})
-
-
-_FULL, _SELECTIVE = RecomputeGranularity.full, RecomputeGranularity.selective
-CASES = {
-    "dense": Case(),
-    "pre-LN": Case(model=replace(MODEL, layer_norm_placement=LayerNormPlacement.pre_ln)),
-    "post-LN": Case(model=replace(MODEL, layer_norm_placement=LayerNormPlacement.post_ln)),
-    "grouped, SwiGLU, RMSNorm": Case(model=GROUPED),
-    "dropout": Case(model=replace(MODEL, hidden_dropout=0.1)),
-    "large vocabulary": Case(model=replace(MODEL, vocab_size=20_000)),
-    "one sequence": Case(micro_batch_size=1, seq_length=512),
-    "documents": Case(resets=True),
-    "bf16": Case(parallel=layout(precision=Precision.bf16)),
-    "selective": Case(parallel=layout(recompute=_SELECTIVE)),
-    "full": Case(parallel=layout(recompute=_FULL)),
-    "full, groups of 2": Case(parallel=layout(recompute=_FULL, recompute_num_layers=2)),
-    "TP 2": Case(parallel=layout(tp=2), world_size=2),
-    "TP 2, SP": Case(parallel=layout(tp=2, sp=True), world_size=2),
-    "TP 2, SP, pre-LN, GQA": Case(model=GROUPED, parallel=layout(tp=2, sp=True), world_size=2),
-    "TP 2, statistics by all-reduce": Case(
-        parallel=layout(tp=2, sub_layernorm_reduction=SubLayerNormReduction.all_reduce),
-        world_size=2,
-    ),
-    "PP 2": Case(parallel=layout(pp=2), world_size=2, micro_batches=4),
-    "PP 4": Case(parallel=layout(pp=4), world_size=4, micro_batches=6),
-    "PP 2, VPP 2": Case(parallel=layout(pp=2, vpp=2), world_size=2, micro_batches=4),
-    "DP 2": Case(world_size=2),
-    "DP 2, no ZeRO": Case(parallel=layout(zero=False), world_size=2),
-    "DP 2, bf16": Case(parallel=layout(precision=Precision.bf16), world_size=2),
-    "CP 2": Case(parallel=layout(cp=2), world_size=2),
-    "CP 2, a2a": Case(parallel=layout(cp=2, cp_comm_type=ContextParallelComm.a2a), world_size=2),
-    "experts": Case(model=SPARSE),
-    "experts, Switch": Case(
-        model=replace(SPARSE, moe=replace(SPARSE.moe, router=RouterType.linear, router_topk=1))
-    ),
-    "experts, EP 2": Case(model=SPARSE, parallel=layout(ep=2), world_size=2),
-    "experts, EP 2, all-gather": Case(
-        model=SPARSE,
-        parallel=layout(ep=2, moe_token_dispatcher_type=TokenDispatcher.allgather),
-        world_size=2,
-    ),
-    "experts, shards of them": Case(model=SPARSE, parallel=layout(etp=2), world_size=2),
-    "experts, TP 2, SP": Case(model=SPARSE, parallel=layout(tp=2, sp=True), world_size=2),
-    "experts, stacked": Case(
-        model=replace(
-            MODEL, moe=MoEConfig(num_experts=4, sparse_after_layer=2, stacked_sublayers=2)
-        )
-    ),
-    "experts, shared one": Case(
-        model=replace(SPARSE, moe=replace(SPARSE.moe, shared_expert_intermediate_size=256))
-    ),
-    "TP 2, PP 2, SP, full": Case(
-        model=replace(MODEL, num_layers=8),
-        parallel=layout(tp=2, pp=2, sp=True, recompute=_FULL, recompute_num_layers=4),
-        world_size=4,
-        micro_batches=4,
-    ),
-}
-
-
 # ---- what a rank does ---------------------------------------------------------------------------
 
 
 def measure_on_rank(case: Case) -> Measured:
-    """The first training step of the case; all ranks of it call this, each in a process."""
+    """A training step of the case; all ranks of it call this, each in a process."""
     from models.build import build_model
-    from parallel.engine import MegatronEngine
     from parallel.runtime import initialize, shutdown
     from pretrain.parity import Exercise, micro_batches
     from pretrain.train_step import train_step
 
     runtime = initialize(case.parallel, seed=1)
     vocabulary = case.model.vocab_size or VOCABULARY
+    foreign = set(storages())
     chunks = build_model(case.model, case.parallel, runtime, vocab_size=vocabulary, seed=1)
-    engine = MegatronEngine(chunks, case.parallel, OptimizerConfig(), runtime)
+    engine = make_engine(case, chunks, runtime)
     loads = watch_experts(case, chunks)
     exercise = Exercise(
         model=case.model,
@@ -186,13 +74,55 @@ def measure_on_rank(case: Case) -> Measured:
             stop_requested=False,
         )
 
-    weights, gradients, optimizer = state_bytes(engine)
-    peak = peak_bytes(step, times=1 if case.world_size == 1 else 3)
+    if case.deepspeed is None:
+        weights, gradients, optimizer = state_bytes(engine)
+        peak = peak_bytes(step, times=1 if case.world_size == 1 else 3)
+    else:
+        weights, gradients = _bytes(chunks[0].parameters()), 0
+        held, peak = least_of_steps(step, foreign)
+        optimizer = held - weights
     stage = runtime.pipeline_parallel_rank
     shutdown(runtime)
     return Measured(
         stage, weights, gradients, optimizer, peak, sum(loads) / len(loads) if loads else 1.0
     )
+
+
+def make_engine(case: Case, chunks: Any, runtime: Any) -> Any:
+    from parallel.deepspeed_engine import DeepSpeedEngine
+    from parallel.engine import MegatronEngine
+
+    if case.deepspeed is None:
+        return MegatronEngine(chunks, case.parallel, OptimizerConfig(), runtime)
+    return DeepSpeedEngine(chunks, case.parallel, OptimizerConfig(), case.deepspeed, runtime)
+
+
+def least_of_steps(step: Callable[[], None], foreign: set[int]) -> tuple[int, int]:
+    """(bytes held between steps, bytes a step takes on top) of the leanest of three later steps.
+
+    Counted anew before each, for what gloo's threads free is not seen by the profiler. foreign:
+    addresses of storages that do not count.
+    """
+    step()
+    found = []
+    for _ in range(3):
+        there = storages()
+        held = sum(size for address, size in there.items() if address not in foreign)
+        found.append((held, peak_bytes(step, times=1)))
+    return min(found, key=sum)
+
+
+def storages() -> dict[int, int]:
+    """Bytes of all tensors of this process by their storage's address."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    tensors = [found for found in gc.get_objects() if issubclass(type(found), torch.Tensor)]
+    gradients = [t.grad for t in tensors if t.is_leaf and t.grad is not None]
+    held = [t.untyped_storage() for t in (*tensors, *gradients) if t.device.type == "cpu"]
+    return {storage.data_ptr(): storage.nbytes() for storage in held}
 
 
 def with_documents(batch: Any, length: int = 50) -> Any:
@@ -301,7 +231,7 @@ def compare(case: Case) -> list[Comparison]:
     """
     from tests.distributed import run_on_gloo
 
-    ranks = run_on_gloo(case.world_size, measure_on_rank, case)
+    ranks = run_on_gloo(case.world_size, measure_on_rank, case, timeout=280)
     stages = [
         min((rank for rank in ranks if rank.stage == stage), key=lambda rank: rank.total)
         for stage in range(case.parallel.pipeline_model_parallel_size)
@@ -325,6 +255,7 @@ def predicted(case: Case, expert_load: float = 1.0) -> Any:
         expert_load=expert_load,
         resets_attention=case.resets,
         resets_positions=case.resets,
+        deepspeed=case.deepspeed,
     )
 
 
@@ -341,6 +272,8 @@ def main(names: list[str]) -> None:
                 (there.total, seen.total),
             ]
             text = "   ".join(f"{readable(a):>11} {readable(b):>11}" for a, b in cells)
+            if CASES[name].deepspeed is not None:  # its gradients come and go with a step
+                text = f"{'':52}{text[52:]}"
             print(
                 f"{name:<32} {there.stage:>5}   {text} {row.deviation:>+9.1%}  {there.moment}",
                 flush=True,

@@ -36,6 +36,14 @@ from launch.sweep_folder import TABLE_FILE
 
 SWEEPS = ("main", "disjoint", "confirm")
 PAIR_RATIO = 0.4
+HEAD = """\
+# Tables of the mixture study
+
+Written by `python -m benchmarks.mixture_report`; [science.md](science.md) says what they mean,
+under "Does the multilingual scaling law hold for small models?". Losses are nats per token,
+standard deviations and partners' effects those of ln L. A *split* is one way to share out what a
+family leaves to the others; *largest* is the highest minus the lowest mean of a split; *p* is that
+of splits as different from noise alone."""
 
 
 def report(study: Path, out: Path) -> None:
@@ -55,11 +63,11 @@ def report(study: Path, out: Path) -> None:
             effects = partner_effects(tables[name], PAIR_RATIO)
             numbers[f"hypothesis_{name}"] = [asdict(test) for test in tests]
             numbers[f"partners_{name}"] = effects
-            sections += [f"### Hypothesis, corpus `{name}`", split_table(tests)]
+            sections += [f"## Hypothesis, corpus `{name}`", split_table(tests)]
             sections.append(partner_table(effects))
     if law is not None:
-        sections += ["### The law", law_table(law, tables["main"])]
-        sections += ["### Checks", "\n".join(["```", *check_lines(tables["main"], law), "```"])]
+        sections += ["## The law", law_table(law, tables["main"])]
+        sections += ["## Checks", "\n".join(["```", *check_lines(tables["main"], law), "```"])]
         numbers["law"] = {f: asdict(one) for f, one in law.families.items()}
         numbers["quality"] = law.quality
     compared: list[MixtureResult] = []
@@ -69,9 +77,10 @@ def report(study: Path, out: Path) -> None:
         predicted = predictions(law, tables["confirm"])
         numbers["mixtures"] = [asdict(result) for result in compared]
         numbers["predictions"] = [asdict(one) for one in predicted]
-        sections += ["### Mixtures", mixture_table(compared)]
-        sections += ["### Predicted losses", prediction_table(predicted)]
-    (out / "mixture_study.md").write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+        sections += ["## Mixtures", mixture_table(compared)]
+        sections += ["## Predicted losses", prediction_table(predicted)]
+    text = "\n\n".join([HEAD, *sections])
+    (out / "mixture_study.md").write_text(text + "\n", encoding="utf-8")
     text = json.dumps(_without_nan(numbers), indent=1)
     (out / "mixture_study.json").write_text(text + "\n", encoding="utf-8")
     plot(tables, law, compared, predicted, out / "mixture_study.png")

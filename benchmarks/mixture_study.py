@@ -24,7 +24,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from data.sampling_weights import proportional, temperature, uniform
 from data.scaling_law.design import PlannedRun
 from data.scaling_law.fit import fit_law
 from data.scaling_law.law import ScalingLaw
-from data.scaling_law.optimum import Objective, optimal_ratios
+from data.scaling_law.optimum import Goal, Objective, optimal_ratios
 from data.scaling_law.runs_table import read_runs
 from data.train_tokenizer import train_on_corpus
 from launch import sweep
@@ -278,10 +278,10 @@ def mixtures_to_compare(
     law: ScalingLaw, small: PlannedRun, supply: Mapping[str, int]
 ) -> dict[str, dict[str, float]]:
     """The optima for the small size, which the large one takes over, and the usual mixtures."""
-    optimum = partial(optimal_ratios, law, small.num_parameters, small.tokens, at_least=0.02)
+    goal = Goal(num_parameters=small.num_parameters, tokens=small.tokens, at_least=0.02)
     return {
-        "optimum": optimum(Objective.normalized).ratios,
-        "optimum-sum": optimum(Objective.sum).ratios,
+        "optimum": optimal_ratios(law, goal).ratios,
+        "optimum-sum": optimal_ratios(law, replace(goal, objective=Objective.sum)).ratios,
         "uniform": uniform(supply),
         "proportional": proportional(supply),
         "temperature": temperature(supply, TEMPERATURE_ALPHA),

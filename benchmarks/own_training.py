@@ -1,7 +1,5 @@
 """This project's own training step on random tokens, for the benchmarks."""
 
-from types import TracebackType
-
 import torch
 
 from benchmarks.jobs import ADAM_BETAS, CLIP_GRAD, LEARNING_RATE, WEIGHT_DECAY
@@ -73,12 +71,7 @@ class OwnTraining:
     def __enter__(self) -> "OwnTraining":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         shutdown(self._runtime)
 
 

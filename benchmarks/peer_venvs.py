@@ -5,10 +5,11 @@ torch stands first and constrains the rest, so that every figure is taken on one
 and no peer replaces it by another build.
 """
 
+import argparse
 import os
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -129,3 +130,39 @@ def install_all(
             last_line = (error.output or "").strip().splitlines()[-1:] or [str(error)]
             failures[environment.name] = f"pip: {last_line[0]}"
     return failures
+
+
+def install_peers(
+    peers: Mapping[str, Environment], root: Path, timeout_seconds: float
+) -> dict[str, str]:
+    """The same for peers by name; peer -> reason where its environment failed."""
+    failures = install_all(peers.values(), root, timeout_seconds)
+    return {
+        peer: failures[environment.name]
+        for peer, environment in peers.items()
+        if environment.name in failures
+    }
+
+
+def add_peer_arguments(parser: argparse.ArgumentParser, peers: Iterable[str], kept: str) -> None:
+    """--peers and --venvs; `kept`: what of the peers lies there."""
+    names = list(peers)
+    parser.add_argument(
+        "--peers", nargs="+", choices=names, default=names, metavar="PEER",
+        help="any of: " + ", ".join(names),
+    )  # fmt: skip
+    parser.add_argument(
+        "--venvs", type=Path, default=cache_root(),
+        help=f"where the peers' {kept} are kept (default: %(default)s)",
+    )  # fmt: skip
+
+
+def parse_with_at_least_one(
+    parser: argparse.ArgumentParser, words: Sequence[str] | None, *options: str
+) -> argparse.Namespace:
+    """The arguments; the numbers named by `options` must be 1 or more."""
+    given = parser.parse_args(words)
+    for option in options:
+        if getattr(given, option) < 1:
+            parser.error(f"--{option}={getattr(given, option)}: at least 1 is needed")
+    return given

@@ -27,8 +27,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+import psutil  # type: ignore[import-untyped]
 
 from pretrain.events import read_events
 
@@ -134,18 +137,8 @@ class Job:
         return time.time()
 
     def workers(self) -> dict[int, int]:
-        """rank -> pid of the processes that torchrun's agent has started and that live."""
-        found = {}
-        children = Path(f"/proc/{self.agent.pid}/task/{self.agent.pid}/children")
-        for pid in map(int, children.read_text().split()):
-            try:
-                variables = Path(f"/proc/{pid}/environ").read_text().split("\0")
-            except OSError:
-                continue
-            ranks = [int(v.removeprefix("RANK=")) for v in variables if v.startswith("RANK=")]
-            if ranks and is_alive(pid):
-                found[ranks[0]] = pid
-        return found
+        """rank -> pid of those that live."""
+        return {rank: pid for rank, pid in workers_of(self.agent.pid).items() if is_alive(pid)}
 
     def newest_record(self) -> dict[str, Any]:
         path = self.run_dir / "metrics.jsonl"
@@ -161,16 +154,26 @@ class Job:
         return int(self.newest_record()["step"])
 
 
+def workers_of(agent: int) -> dict[int, int]:
+    """rank -> pid of the processes that torchrun's agent has started."""
+    found: dict[int, int] = {}
+    for pid in Path(f"/proc/{agent}/task/{agent}/children").read_text().split():
+        with suppress(OSError):  # it has ended meanwhile
+            variables = Path(f"/proc/{pid}/environ").read_text().split("\0")
+            found |= {int(v.removeprefix("RANK=")): int(pid) for v in variables if v[:5] == "RANK="}
+    return found
+
+
 def cpu_seconds(pid: int) -> float:
     """User and system time of a process, in all its threads."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    times = psutil.Process(pid).cpu_times()
+    return times.user + times.system
 
 
 def is_alive(pid: int) -> bool:
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
+        return psutil.Process(pid).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    except psutil.NoSuchProcess:
         return False
 
 

@@ -22,7 +22,7 @@ from data.scaling_law.fit_settings import rows_of_family
 from data.scaling_law.huber_fit import HIGH, LOW, Rows
 from data.scaling_law.identify import model_of
 from data.scaling_law.law import FamilyLaw, ScalingLaw
-from data.scaling_law.optimum import optimal_ratios
+from data.scaling_law.optimum import Goal, optimal_ratios
 from data.scaling_law.runs_table import RunsTable, make_table
 
 NOISE = 0.005
@@ -105,9 +105,10 @@ def objective_of(law: FamilyLaw, rows: Rows, delta: float) -> float:
 def optimum_milliseconds(law: ScalingLaw, rounds: int = 20) -> float:
     """Median time of one optimum with none of its options."""
     took = []
+    goal = Goal(num_parameters=64e6, tokens=2e9)
     for _ in range(rounds):
         begin = time.perf_counter()
-        optimal_ratios(law, 64e6, 2e9)
+        optimal_ratios(law, goal)
         took.append(time.perf_counter() - begin)
     return 1e3 * median(took)
 

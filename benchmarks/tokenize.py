@@ -26,7 +26,8 @@ from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
 
-from data.corpus import ReadOptions, read_documents
+from data.corpus import read_documents
+from data.documents import ReadOptions
 from data.tokenize import usable_cores
 from data.tokenize_corpus import DEMO_TOKENIZER
 

@@ -270,109 +270,36 @@ def describe_job(job: Job) -> str:
     )
 
 
-def install_all(peers: list[Peer], venvs: Path) -> dict[str, str]:
-    """Makes every environment that is missing; environment name -> reason where it failed."""
-    failures: dict[str, str] = {}
-    for environment in dict.fromkeys(peer.environment for peer in peers):
-        if peer_venvs.is_ready(environment, venvs):
-            continue
-        print(f"installing {environment.name} into {venvs / environment.name}", file=sys.stderr)
-        try:
-            peer_venvs.install(environment, venvs, INSTALL_TIMEOUT_SECONDS)
-        except subprocess.TimeoutExpired:
-            failures[environment.name] = f"not installed in {INSTALL_TIMEOUT_SECONDS:.0f} s"
-        except subprocess.CalledProcessError as error:
-            last_line = (error.output or "").strip().splitlines()[-1:] or [str(error)]
-            failures[environment.name] = f"pip: {last_line[0]}"
-    return failures
-
-
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--job", choices=JOBS, default="small")
     parser.add_argument("--rounds", type=int, default=3, help="times every peer has its turn")
     parser.add_argument("--steps", type=int, default=6, help="measured steps of one turn")
     parser.add_argument("--warmup", type=int, default=1, help="steps before them")
-    parser.add_argument(
-        "--peers", nargs="+", choices=PEERS, default=list(PEERS), metavar="PEER",
-        help="any of: " + ", ".join(PEERS),
-    )  # fmt: skip
-    parser.add_argument(
-        "--venvs", type=Path, default=peer_venvs.cache_root(),
-        help="where the peers' environments are kept (default: %(default)s)",
-    )  # fmt: skip
+    peer_venvs.add_peer_arguments(parser, PEERS, "environments")
     parser.add_argument(
         "--json", type=Path, default=None,
         help="where the figures go, and the table with the suffix .md "
         "(default: outputs/benchmarks/train_step_JOB.json)",
     )  # fmt: skip
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds for one turn")
-    given = parser.parse_args()
-    for option in ("rounds", "steps"):
-        if getattr(given, option) < 1:
-            parser.error(f"--{option}={getattr(given, option)}: at least 1 is needed")
-    return given
+    return peer_venvs.parse_with_at_least_one(parser, None, "rounds", "steps")
 
 
 def main() -> int:
     given = parse_arguments()
     job = JOBS[given.job]
-    venvs = given.venvs.expanduser().resolve()
+    given.venvs = given.venvs.expanduser().resolve()
     peers = [PEERS[name] for name in given.peers]
-    not_installed = install_all(peers, venvs)
-
+    failures = peer_venvs.install_peers(
+        {peer.name: peer.environment for peer in peers}, given.venvs, INSTALL_TIMEOUT_SECONDS
+    )
     started = datetime.now(UTC).isoformat(timespec="seconds")
-    runs: dict[str, list[dict]] = {peer.name: [] for peer in peers}
-    failures: dict[str, str] = {
-        peer.name: not_installed[peer.environment.name]
-        for peer in peers
-        if peer.environment.name in not_installed
-    }
-    # of the plain loop beside each peer; its own row is made of all of them
-    beside: dict[str, list[dict]] = {peer.name: [] for peer in peers}
-    baseline = PEERS[BASELINE]
-    alone = given.peers == [BASELINE]
-    for round_number in range(1, given.rounds + 1):
-        for peer in peers:
-            if peer.name in failures or (peer is baseline and not alone):
-                continue
-            result, *plain = run_in_turns(
-                [peer] if peer is baseline else [peer, baseline],
-                job,
-                steps=given.steps,
-                warmup=given.warmup,
-                venvs=venvs,
-                timeout_seconds=given.timeout,
-            )
-            where = f"round {round_number}/{given.rounds} {peer.name}"
-            result = next((r for r in (result, *plain) if "failed" in r), result)
-            if "failed" in result:
-                failures[peer.name] = result["failed"]
-                runs[peer.name].clear()
-                beside[peer.name].clear()
-                print(f"{where}: FAILED\n{result.get('stderr', result['failed'])}", file=sys.stderr)
-                continue
-            runs[peer.name].append(result)
-            beside[peer.name] += plain
-            rate = job.tokens_per_step / median(result["wall_seconds"])
-            cpu = median(result["cpu_seconds"])
-            against = f", plain {median(plain[0]['cpu_seconds']):.2f}" if plain else ""
-            print(f"{where}: {rate:.0f} tok/s, {cpu:.2f} CPU-s/step{against}", file=sys.stderr)
-
-    if BASELINE in runs and not alone:
-        runs[BASELINE] = beside[BASELINE] = [run for done in beside.values() for run in done]
+    runs, beside = run_all(given, job, peers, failures)
     rows = [summarize(job, name, done, beside[name]) for name, done in runs.items() if done]
     machine = f"{cpu_name()}, {os.cpu_count()} CPUs, {started}"
     machine += f", {given.rounds} rounds x {given.steps} steps"
-    text = "\n\n".join([describe_job(job), machine, markdown_table(rows)])
-    held_up = [row.peer for row in rows if is_held_up(row, job)]
-    if held_up:
-        text += (
-            f"\n\nOther processes held up {', '.join(held_up)}: tok/s and share of matmul do not "
-            "compare in this table, CPU-seconds do."
-        )
-    if failures:
-        text += "\n\n" + "\n".join(f"- {name}: {reason}" for name, reason in failures.items())
+    text = describe(job, machine, rows, failures)
     print(text, flush=True)
 
     path = given.json or Path("outputs/benchmarks") / f"train_step_{job.name}.json"
@@ -389,6 +316,61 @@ def main() -> int:
     path.with_suffix(".md").write_text(text + "\n")
     print(f"\nwritten: {path}, {path.with_suffix('.md')}", file=sys.stderr)
     return 1 if failures else 0
+
+
+def run_all(
+    given: argparse.Namespace, job: Job, peers: list[Peer], failures: dict[str, str]
+) -> tuple[dict[str, list[dict]], dict[str, list[dict]]]:
+    """Every peer's turns, and those of the plain loop beside it; adds to `failures`.
+
+    The plain loop's own row is made of all of its turns.
+    """
+    runs: dict[str, list[dict]] = {peer.name: [] for peer in peers}
+    beside: dict[str, list[dict]] = {peer.name: [] for peer in peers}
+    baseline = PEERS[BASELINE]
+    alone = given.peers == [BASELINE]
+    for round_number in range(1, given.rounds + 1):
+        for peer in peers:
+            if peer.name in failures or (peer is baseline and not alone):
+                continue
+            result, *plain = run_in_turns(
+                [peer] if peer is baseline else [peer, baseline],
+                job,
+                steps=given.steps,
+                warmup=given.warmup,
+                venvs=given.venvs,
+                timeout_seconds=given.timeout,
+            )
+            where = f"round {round_number}/{given.rounds} {peer.name}"
+            result = next((r for r in (result, *plain) if "failed" in r), result)
+            if "failed" in result:
+                failures[peer.name] = result["failed"]
+                runs[peer.name].clear()
+                beside[peer.name].clear()
+                print(f"{where}: FAILED\n{result.get('stderr', result['failed'])}", file=sys.stderr)
+                continue
+            runs[peer.name].append(result)
+            beside[peer.name] += plain
+            rate = job.tokens_per_step / median(result["wall_seconds"])
+            cpu = median(result["cpu_seconds"])
+            against = f", plain {median(plain[0]['cpu_seconds']):.2f}" if plain else ""
+            print(f"{where}: {rate:.0f} tok/s, {cpu:.2f} CPU-s/step{against}", file=sys.stderr)
+    if BASELINE in runs and not alone:
+        runs[BASELINE] = beside[BASELINE] = [run for done in beside.values() for run in done]
+    return runs, beside
+
+
+def describe(job: Job, machine: str, rows: list[Row], failures: dict[str, str]) -> str:
+    text = "\n\n".join([describe_job(job), machine, markdown_table(rows)])
+    held_up = [row.peer for row in rows if is_held_up(row, job)]
+    if held_up:
+        text += (
+            f"\n\nOther processes held up {', '.join(held_up)}: tok/s and share of matmul do not "
+            "compare in this table, CPU-seconds do."
+        )
+    if failures:
+        text += "\n\n" + "\n".join(f"- {name}: {reason}" for name, reason in failures.items())
+    return text
 
 
 if __name__ == "__main__":

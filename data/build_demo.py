@@ -19,6 +19,7 @@ from pathlib import Path
 
 from data.corpora import chromium
 from data.corpora.packages import package_files, sha256_of
+from data.interrupted import say_interrupted
 from data.language_families import LANGUAGES, family_of
 from data.tokenizer import train_tokenizer
 
@@ -206,7 +207,9 @@ for a claim about any language.
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m data.build_demo", description=__doc__.split("\n\n")[0]
+    )
     parser.add_argument("--deb", type=Path, help=f"a {PACKAGE} package; default: apt-get download")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "demo")
     arguments = parser.parse_args()
@@ -216,4 +219,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    say_interrupted()
     main()

@@ -65,12 +65,13 @@ class RatioRule:
     # family -> ratio, with weighting=ratios; names every family of the data
     ratios: dict[str, float] = field(default_factory=dict)
     normalize: bool = False  # divide ratios by their sum instead of refusing another than 1
-    # family -> γ, and family -> w·L* (none: the same for all), with weighting=scaling_law
+    # family -> γ, with weighting=scaling_law
     gamma: dict[str, float] = field(default_factory=dict)
+    # family -> w·L* with weighting=scaling_law; none: the same for all
     losses: dict[str, float] = field(default_factory=dict)
     budget: float | None = None  # with weighting=unimax: what the planned run draws, in the unit
     within_family: WithinFamily = WithinFamily.proportional
-    within_family_alpha: float = 0.7
+    within_family_alpha: float = 0.7  # with within_family=temperature
     # language -> share of its family, with within_family=shares; sums to 1 in every family
     language_shares: dict[str, float] = field(default_factory=dict)
     drop_languages: list[str] = field(default_factory=list)  # not drawn, as if they had no text
@@ -155,6 +156,7 @@ class MixtureConfig(RatioRule):
     max_epochs: float | None = None  # passes over each language; None: no cap
     language_max_epochs: dict[str, float] = field(default_factory=dict)  # exceptions to it
     when_exhausted: WhenExhausted = WhenExhausted.repeat
+    # rules that take over on the way, in order; the table below
     stages: list[MixtureStage] = field(default_factory=list)
     # a fitted law (data/scaling_law/law.py) to hold measured losses against; changes no ratio
     law: str = ""
@@ -188,12 +190,12 @@ class MixtureConfig(RatioRule):
 class DataConfig:
     """Empty paths mean the text and tokenizer that ship with the package."""
 
-    corpus: str = (
-        ""  # JSONL or JSONL.gz file, or a folder of them: {"text", "language", "doc_id"} a line
-    )
+    # files of documents, or a folder of them: JSONL (.gz, .zst), Parquet, text (docs/data.md)
+    corpus: str = ""
     tokenizer: str = ""  # a Hugging Face tokenizer.json
     eod_token: str = ""  # the token that ends a document; empty: <|endoftext|>, </s> or the like
     store_dir: str = ""  # folder of ready token stores; overrides corpus
+    # where stores of a corpus are kept; empty: the user's cache folder
     cache_dir: str = (
         ""  # where token stores are built from the corpus; empty: the user's cache folder
     )

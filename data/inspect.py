@@ -4,7 +4,7 @@
     python -m data.inspect STORES --language de --documents 3 [--first 100]
     python -m data.inspect STORES --language de --sequence 7 --seq-length 2048
     python -m data.inspect STORES --sample 123456 --seq-length 2048 [data.mixture.alpha=0.5 ...]
-    python -m data.inspect --run runs/demo --sample 123456
+    python -m data.inspect --run runs/demo/DATE --sample 123456
     python -m data.inspect --corpus CORPUS [--language de] [--documents 3]
 
 A document is one of a store or of a corpus; a sequence is what the loader packs, of one language;
@@ -24,15 +24,17 @@ from pathlib import Path
 
 import numpy as np
 
-from data.corpus import Document, corpus_files, read_documents
+from data.command_line import run_command, settings_of, stream_parser
+from data.corpus import corpus_files, read_documents
+from data.documents import Document
 from data.family_grouping import load_grouping
-from data.language_families import LANGUAGES, find_language, near
+from data.interrupted import say_interrupted
+from data.language_families import did_you_mean, find_language
 from data.open_mixture import OpenedMixture, open_mixture, open_tokenizer, prepare
 from data.packed_sequences import PackedSequences
-from data.plan import run_command, settings_of
+from data.store_folder import open_stores
 from data.stream_settings import StreamSettings
 from data.token_store import TokenStore
-from data.tokenize_corpus import open_stores
 from data.tokenizer import Tokenizer
 
 # 256-colour backgrounds that leave white and black text readable on either kind of terminal
@@ -242,13 +244,8 @@ def _store_of(code: str, stores: list[TokenStore], setting: str) -> TokenStore:
 
 
 def _no_language(typed: str, code: str, there: list[str]) -> str:
-    names = {LANGUAGES[c].name: c for c in there if c in LANGUAGES} | {c: c for c in there}
-    meant = list(dict.fromkeys(names[word] for word in near(code, names)))
-    return (
-        f"{typed}: there is none"
-        + (f"; did you mean {' or '.join(meant)}?" if meant else ".")
-        + f" There are {', '.join(there)}"
-    )
+    hint = did_you_mean([code], there) or "."
+    return f"{typed}: there is none{hint} There are {', '.join(there)}"
 
 
 def _of_corpus(corpus: Path, language: str, first: int, number: int) -> Iterator[Document]:
@@ -288,19 +285,8 @@ def _show_sample(screen: Screen, opened: OpenedMixture, sample: int) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m data.inspect",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "words",
-        nargs="*",
-        metavar="STORES | SETTING=VALUE",
-        help="a folder of token stores (data.store_dir), and settings as the launcher has them",
-    )
+    parser = stream_parser("python -m data.inspect", __doc__)
     parser.add_argument("--corpus", type=Path, metavar="PATH", help="a corpus instead of stores")
-    parser.add_argument("--run", metavar="FOLDER", help="settings of this run (its config.yaml)")
     parser.add_argument("--tokenizer", metavar="FILE", help="data.tokenizer; default: the stores'")
     parser.add_argument("--language", default="", metavar="CODE", help="default: all there are")
     parser.add_argument("--split", choices=("train", "validation"), default="train")
@@ -309,7 +295,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     what.add_argument("--sequence", type=int, metavar="N", help="a packed one of --language")
     what.add_argument("--sample", type=int, metavar="N", help="this one of the training stream")
     parser.add_argument("--first", type=int, default=0, metavar="N", help="document to begin with")
-    parser.add_argument("--seq-length", type=int, metavar="N", help="data.seq_length")
     parser.add_argument(
         "--characters", type=int, default=600, metavar="N", help="show at most so many; 0: all"
     )
@@ -367,4 +352,5 @@ def _inspect(screen: Screen, given: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
+    say_interrupted()
     sys.exit(main())

@@ -396,6 +396,21 @@ def unknown_language(code: str) -> str:
     )
 
 
+def did_you_mean(unknown: Iterable[str], there: Iterable[str]) -> str:
+    """ "; did you mean de for german, ru for rus?", of the language codes `there`; empty where no
+    other code, name or spelling of theirs comes near."""
+    codes, wishes = list(there), list(unknown)
+    names = {LANGUAGES[c].name: c for c in codes if c in LANGUAGES} | {c: c for c in codes}
+    found = []
+    for wish in wishes:
+        row = find_language(wish)
+        meant = [code for code in codes if row is not None and find_language(code) == row]
+        meant = meant or list(dict.fromkeys(names[word] for word in near(wish, names)))
+        if meant:
+            found.append(" or ".join(meant) + f" for {wish}" * (len(wishes) > 1))
+    return f"; did you mean {', '.join(found)}?" if found else ""
+
+
 def near(wish: str, names: Iterable[str]) -> list[str]:
     """At most three of `names` that look like `wish`, nearest first."""
     by_lower = {name.lower(): name for name in names}

@@ -27,6 +27,7 @@ import numpy as np
 
 from data import sampling_weights as weights
 from data.config import MixtureConfig, RatioRule, RatioUnit, Weighting, WithinFamily
+from data.language_families import did_you_mean
 from data.mixture_schedule import BLOCK, MixtureSchedule
 from data.packed_sequences import PackedSequences, RowReader, Rows, mix, permute
 from data.packing_config import PackingConfig
@@ -242,7 +243,8 @@ class LanguageMixture:
         unknown = sorted(set(mixture.language_max_epochs) - set(self.languages))
         if unknown:
             raise ValueError(
-                f"data.mixture.language_max_epochs names {', '.join(unknown)}, but the data has "
+                f"data.mixture.language_max_epochs names {', '.join(unknown)}"
+                f"{did_you_mean(unknown, self.languages) or '.'} The data has "
                 f"{', '.join(self.languages)}"
             )
         sizes = {packed.store.language: _size(packed, mixture.unit) for packed in self.sequences}
@@ -294,8 +296,8 @@ def language_shares(
     unknown = sorted(set(rule.drop_languages) - set(sizes))
     if unknown:
         raise ValueError(
-            f"{setting}.drop_languages names {', '.join(unknown)}, but the data has "
-            f"{', '.join(sizes)}"
+            f"{setting}.drop_languages names {', '.join(unknown)}"
+            f"{did_you_mean(unknown, sizes) or '.'} The data has {', '.join(sizes)}"
         )
     drawn = {code: 0.0 if code in rule.drop_languages else n for code, n in sizes.items()}
     members: dict[str, dict[str, float]] = {}
@@ -384,18 +386,20 @@ def _check_names(given: Mapping[str, float], families: Mapping[str, float], sett
     parts = [f"lacks {', '.join(lacking)}"] * bool(lacking)
     parts += [f"names {', '.join(unknown)}, which the data has not"] * bool(unknown)
     raise ValueError(
-        f"{setting} {' and '.join(parts)}; it must name exactly the families of the data: "
-        f"{', '.join(sorted(families))}"
+        f"{setting} {' and '.join(parts)}{did_you_mean(unknown, sorted(families)) or '.'} It must "
+        f"name exactly the families of the data: {', '.join(sorted(families))}"
     )
 
 
 def stream_differences(
     saved: Mapping[str, Any], now: Mapping[str, Any], consumed: int
 ) -> list[str]:
-    """Where two fingerprints disagree about the first `consumed` samples, one line each.
+    """Where two fingerprints disagree about the first `consumed` samples, one line each; of
+    languages that differ in the same way, no more than three.
 
-    What comes later may change from start to start of a run: ratios, stages, caps, and languages
-    that have not been drawn yet.
+    Shares follow from sizes that are cut to whole sequences: where seq_length differs, which has
+    its own line, they are not compared. What comes later may change from start to start of a run:
+    ratios, stages, caps, and languages that have not been drawn yet.
     """
     names = sorted({*saved, *now} - {"ratios", "stores", "families"})
     lines = [
@@ -407,8 +411,10 @@ def stream_differences(
         [s for s in fingerprint.get("ratios", []) if s["from_sample"] < consumed]
         for fingerprint in (saved, now)
     )
+    same_length = saved.get("seq_length") == now.get("seq_length")
     for was, is_ in zip(before, after, strict=False):
         lines += _segment_differences(was, is_)
+        lines += _few(_share_differences(was, is_)) if same_length else []
     for segment in before[len(after) :] or after[len(before) :]:
         lines.append(
             f"the ratios that changed at sample {segment['from_sample']}, before sample {consumed},"
@@ -416,24 +422,39 @@ def stream_differences(
         )
     drawn = sorted({code for s in before for code, share in s["shares"].items() if share})
     for name, what in (("stores", "token store"), ("families", "family")):
-        for code in drawn:
-            was, is_ = saved.get(name, {}).get(code), now.get(name, {}).get(code)
-            if was != is_:
-                lines.append(f"{what} of {code}: was {was}, is {is_ or 'not there'}")
+        pairs = [(c, saved.get(name, {}).get(c), now.get(name, {}).get(c)) for c in drawn]
+        lines += _few(
+            [
+                f"{what} of {code}: was {was}, is {is_ or 'not there'}"
+                for code, was, is_ in pairs
+                if was != is_
+            ]
+        )
     return lines
 
 
+def _few(lines: list[str], most: int = 3) -> list[str]:
+    more = len(lines) - most
+    return [*lines[:most], f"... and {more} more"] if more > 0 else lines
+
+
 def _segment_differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    lines = [
+    return [
         f"{name} of a change of ratios: was {was[name]}, is {now[name]}"
         for name in ("from_sample", "ramp_samples")
         if was[name] != now[name]
     ]
+
+
+def _share_differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    lines = []
     for code in sorted({*was["shares"], *now["shares"]}):
         before, after = was["shares"].get(code, 0.0), now["shares"].get(code, 0.0)
         if before != after:
+            short = f"{before:.4g}", f"{after:.4g}"
+            said = short if short[0] != short[1] else (before, after)
             lines.append(
-                f"share of {code} from sample {was['from_sample']}: was {before}, is {after}"
+                f"share of {code} from sample {was['from_sample']}: was {said[0]}, is {said[1]}"
             )
     return lines
 

@@ -15,16 +15,10 @@ from pathlib import Path
 from data.config import DataConfig, Verify
 from data.family_grouping import load_grouping
 from data.language_mixture import LanguageMixture
+from data.store_cache import prepare_stores, stores_folder
+from data.store_folder import is_complete, open_stores, read_manifest
 from data.token_store import TokenStore
-from data.tokenize_corpus import (
-    DEMO_CORPUS,
-    DEMO_TOKENIZER,
-    is_complete,
-    open_stores,
-    prepare_stores,
-    read_manifest,
-    stores_folder,
-)
+from data.tokenize_corpus import DEMO_CORPUS, DEMO_TOKENIZER
 from data.tokenizer import Tokenizer, load_tokenizer
 from data.verify import verify_stores
 

@@ -1,7 +1,7 @@
 """What a run will draw from its token stores, before it is launched and without torch.
 
     python -m data.plan STORES --steps 1000 --seq-length 2048 [data.mixture.alpha=0.5 ...]
-    python -m data.plan --run runs/demo [train.train_steps=20000 ...]
+    python -m data.plan --run runs/demo/DATE [train.train_steps=20000 ...]
     python -m launch.plan +experiment=demo [train.train_steps=20000 ...]
 
 For each family and language: available tokens, planned tokens, epochs, the share of the samples
@@ -15,7 +15,6 @@ that do not fit. The time it takes does not depend on the number of samples.
 
 import argparse
 import json
-import logging
 import os
 import sys
 import time
@@ -24,9 +23,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from data.interrupted import say_interrupted
+
+if __name__ == "__main__":
+    say_interrupted()  # also amid the imports below
+
+from data.command_line import run_command, settings_of, stream_parser
 from data.config import MixtureConfig, WhenExhausted
 from data.language_mixture import LanguageMixture
-from data.stream_settings import StreamSettings, open_stream, read_settings
+from data.quantity import quantity
+from data.stream_settings import StreamSettings, open_stream
 
 _POINTS = 200  # along the run, for the picture of ratios that change
 
@@ -313,14 +319,16 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def show(settings: StreamSettings, samples: int, given: argparse.Namespace) -> int:
-    """Makes the plan, prints it and writes what is asked for; returns the exit status."""
+def show(
+    settings: StreamSettings, samples: int, given: argparse.Namespace, *, sparse: bool = False
+) -> int:
+    """Makes the plan, prints it and writes what is asked for; returns the exit status.
+
+    sparse: whether the run's model has experts, which data.mixture.law knows nothing of.
+    """
     started = time.perf_counter()
     mixture = open_stream(settings).mixture
-    if settings.data.mixture.law:
-        from data.mixture_law import open_law_of  # only runs with a law need it
-
-        open_law_of(mixture, settings.data.mixture.law)
+    unlike = _unlike_law(mixture, settings.data.mixture.law, sparse)
     plan = make_plan(
         mixture,
         settings.data.mixture,
@@ -328,7 +336,7 @@ def show(settings: StreamSettings, samples: int, given: argparse.Namespace) -> i
         global_batch_size=settings.global_batch_size,
         max_epochs=given.max_epochs,
     )
-    print(describe(plan))
+    print("\n".join([describe(plan), *unlike]))
     print(f"Planned in {1000 * (time.perf_counter() - started):.0f} ms.")
     if given.json:
         _write(given.json, json.dumps(as_json(plan), indent=1, ensure_ascii=False) + "\n")
@@ -338,6 +346,16 @@ def show(settings: StreamSettings, samples: int, given: argparse.Namespace) -> i
         plot_plan(plan, given.plot)
         print(f"Drawn in {given.plot}.")
     return 0 if plan.ok else 1
+
+
+def _unlike_law(mixture: LanguageMixture, law: str, sparse: bool) -> list[str]:
+    """How the run is unlike those that data.mixture.law was fitted to. Raises ValueError."""
+    if not law:
+        return []
+    from data.mixture_law import differences, open_law_of  # only runs with a law need it
+
+    found = differences(open_law_of(mixture, law), mixture, sparse=sparse)
+    return [f"data.mixture.law={law} is used outside of its fit: {line}" for line in found]
 
 
 def _write(path: Path, text: str) -> None:
@@ -355,39 +373,14 @@ def whole_number(text: str) -> int:
     return int(value)
 
 
-def run_command(program: str, command: Any) -> int:
-    """command() with the errors of settings as one line on stderr and exit status 2."""
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    try:
-        return command()
-    except BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except (OSError, ValueError) as error:
-        print(f"{program}: error: {error}", file=sys.stderr)
-        return 2
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m data.plan",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "words",
-        nargs="*",
-        metavar="STORES | SETTING=VALUE",
-        help="a folder of token stores (data.store_dir), and settings as the launcher has them",
-    )
-    parser.add_argument("--run", metavar="FOLDER", help="settings of this run (its config.yaml)")
+    parser = stream_parser("python -m data.plan", __doc__)
     parser.add_argument("--mixture", type=Path, metavar="FILE.yaml", help="stands for data.mixture")
-    parser.add_argument("--seq-length", type=int, metavar="N", help="data.seq_length")
     parser.add_argument("--global-batch-size", type=int, metavar="N", help="sequences in a step")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=whole_number, metavar="N", help="train.train_steps")
     length.add_argument("--samples", type=whole_number, metavar="N", help="sequences in the run")
-    length.add_argument("--tokens", type=float, metavar="N", help="tokens in the run, as in 1e12")
+    length.add_argument("--tokens", metavar="N", help="tokens in the run, as in 300B or 1e12")
     add_output_arguments(parser)
     given = parser.parse_intermixed_args(arguments)
 
@@ -396,7 +389,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given.samples is not None:
             samples = given.samples
         elif given.tokens is not None:
-            samples = round(given.tokens / settings.seq_length)
+            samples = round(quantity("--tokens", given.tokens) / settings.seq_length)
         elif settings.train_steps is not None:
             samples = settings.train_steps * settings.global_batch_size
         else:
@@ -406,26 +399,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return show(settings, samples, given)
 
     return run_command("python -m data.plan", command)
-
-
-def settings_of(given: argparse.Namespace, more: dict[str, Any]) -> StreamSettings:
-    """Settings from the arguments words, run, mixture, seq_length and global_batch_size."""
-    stores = [word for word in given.words if "=" not in word]
-    if len(stores) > 1:
-        raise ValueError(
-            f"{' '.join(stores)}: one folder of token stores at a time; settings are SETTING=VALUE"
-        )
-    flags = {
-        "data.store_dir": str(Path(stores[0]).expanduser()) if stores else None,
-        "data.seq_length": given.seq_length,
-        "train.global_batch_size": given.global_batch_size,
-    } | more
-    return read_settings(
-        [word for word in given.words if "=" in word],
-        run=given.run,
-        mixture=given.mixture,
-        values={name: value for name, value in flags.items() if value is not None},
-    )
 
 
 if __name__ == "__main__":

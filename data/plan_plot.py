@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from data.plan import Plan, short
+from data.plan import Plan, PlanRow, short
 
 _AVAILABLE, _PLANNED, _CAP, _BROKEN = "#9aa0a6", "#1f77b4", "#d62728", "#d62728"
 
@@ -24,22 +24,10 @@ def plot_plan(plan: Plan, path: Path | str) -> Path:
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, NullFormatter
 
-    languages = [row for family in plan.families for row in plan.languages_of(family.family)]
-    # rows from top to bottom, with a gap between families
-    places, labels, middles = [], [], []
-    place = 0.0
-    for family in plan.families:
-        members = plan.languages_of(family.family)
-        middles.append((family.family, place, place + len(members) - 1))
-        places += [place + i for i in range(len(members))]
-        labels += [row.language for row in members]
-        place += len(members) + 0.6
-    y = np.array(places)
-    height = max(3.2, 1.7 + 0.17 * place)
+    rows = _Rows(plan)
+    height = max(3.2, 1.7 + 0.17 * rows.end)
     below = 3.2 if plan.course else 0.0
-
     # a Figure with its own canvas: pyplot would keep global state and choose a display
     figure = Figure(figsize=(13, height + below), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
@@ -56,71 +44,15 @@ def plot_plan(plan: Plan, path: Path | str) -> Path:
         axes.tick_params(labelleft=False)
     if below:
         _draw_course(figure.add_subplot(grid[1, :]), plan)
-
-    available = np.array([row.tokens for row in languages], float)
-    planned = np.array([row.planned_tokens for row in languages], float)
-    drawn = planned > 0
-    for row in range(len(languages)):
-        if drawn[row]:
-            left.plot(
-                [available[row], planned[row]], [y[row]] * 2, color="#d0d3d6", lw=1.2, zorder=1
-            )
-    left.scatter(available, y, s=22, color=_AVAILABLE, label="available", zorder=2)
-    left.scatter(planned[drawn], y[drawn], s=22, color=_PLANNED, label="planned", zorder=3)
-    left.set_xscale("log")
-    left.set_xlabel("tokens")
-    left.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
-
-    epochs = np.array([row.epochs for row in languages])
-    colours = [_BROKEN if row.broken else _PLANNED for row in languages]
-    capped = [(row.max_epochs, y[i]) for i, row in enumerate(languages) if row.max_epochs]
-    smallest = min([*epochs[epochs > 0], *(cap for cap, _ in capped)], default=1.0)
-    lowest = 10 ** np.floor(np.log10(smallest / 1.5))
-    middle.barh(y, np.maximum(epochs - lowest, 0), left=lowest, height=0.7, color=colours)
-    if capped:
-        caps, at = zip(*capped, strict=True)
-        middle.scatter(caps, at, marker="|", s=60, color=_CAP, label="cap", zorder=3)
-        middle.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
-    middle.set_xscale("log")
-    middle.set_xlim(left=lowest)
-    middle.set_xlabel("epochs (red: more than the cap)" if capped else "epochs")
-
-    realised = np.array([100 * row.realised for row in languages])
-    asked = np.array([100 * row.asked for row in languages])
-    of_tokens = 100 * available / available.sum()
-    right.barh(y, realised, height=0.7, color=_PLANNED, alpha=0.75, label="realised")
-    right.scatter(asked, y, marker="|", s=60, color="black", label="asked for", zorder=3)
-    right.scatter(
-        of_tokens, y, s=16, facecolors="none", edgecolors="#5f6368", label="of the tokens", zorder=3
-    )
-    right.set_xlim(left=0)
-    right.set_xlabel("share of the samples, %")
-    right.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False)
-
+    _draw_tokens(left, rows)
+    _draw_epochs(middle, rows)
+    _draw_shares(right, rows)
     for axes in (left, middle):
-        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0), numticks=9))
-        axes.xaxis.set_major_formatter(lambda value, _: short(value))
-        axes.xaxis.set_minor_formatter(NullFormatter())
-    left.set_ylim(place - 0.2, -1)
-    left.set_yticks(y, labels, fontsize=7.5)
+        _mark_powers_of_ten(axes)
+    left.set_ylim(rows.end - 0.2, -1)
+    left.set_yticks(rows.y, rows.labels, fontsize=7.5)
     for axes in (left, middle, right):
-        axes.grid(axis="x", alpha=0.25, linewidth=0.6)
-        axes.tick_params(axis="y", length=0)
-        axes.spines[["top", "right", "left"]].set_visible(False)
-        axes.set_axisbelow(True)
-        for name, top, bottom in middles:
-            axes.axhspan(top - 0.5, bottom + 0.5, color="#f4f5f6", zorder=0)
-            if axes is left:
-                axes.annotate(
-                    name,
-                    xy=(-0.13, (top + bottom) / 2),
-                    xycoords=("axes fraction", "data"),
-                    ha="right",
-                    va="center",
-                    fontsize=8.5,
-                    fontweight="bold",
-                    annotation_clip=False,
-                )
+        _draw_families(axes, rows, named=axes is left)
     tokens = short(plan.samples * plan.seq_length)
     figure.suptitle(
         f"{tokens} tokens in {plan.samples:,} samples of {plan.seq_length:,}"
@@ -131,6 +63,99 @@ def plot_plan(plan: Plan, path: Path | str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, bbox_inches="tight")
     return path
+
+
+class _Rows:
+    """The languages and their places from top to bottom, with a gap between families."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.languages: list[PlanRow] = []
+        self.families: list[tuple[str, float, float]] = []  # name, first and last place
+        places: list[float] = []
+        self.end = 0.0
+        for family in plan.families:
+            members = plan.languages_of(family.family)
+            self.families.append((family.family, self.end, self.end + len(members) - 1))
+            places += [self.end + i for i in range(len(members))]
+            self.languages += members
+            self.end += len(members) + 0.6
+        self.y = np.array(places)
+        self.labels = [row.language for row in self.languages]
+        self.available = np.array([row.tokens for row in self.languages], float)
+
+
+def _draw_tokens(axes: Any, rows: _Rows) -> None:
+    available, y = rows.available, rows.y
+    planned = np.array([row.planned_tokens for row in rows.languages], float)
+    drawn = planned > 0
+    for row in np.flatnonzero(drawn):
+        axes.plot([available[row], planned[row]], [y[row]] * 2, color="#d0d3d6", lw=1.2, zorder=1)
+    axes.scatter(available, y, s=22, color=_AVAILABLE, label="available", zorder=2)
+    axes.scatter(planned[drawn], y[drawn], s=22, color=_PLANNED, label="planned", zorder=3)
+    axes.set_xscale("log")
+    axes.set_xlabel("tokens")
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
+
+
+def _draw_epochs(axes: Any, rows: _Rows) -> None:
+    y = rows.y
+    epochs = np.array([row.epochs for row in rows.languages])
+    colours = [_BROKEN if row.broken else _PLANNED for row in rows.languages]
+    capped = [(row.max_epochs, y[i]) for i, row in enumerate(rows.languages) if row.max_epochs]
+    smallest = min([*epochs[epochs > 0], *(cap for cap, _ in capped)], default=1.0)
+    lowest = 10 ** np.floor(np.log10(smallest / 1.5))
+    axes.barh(y, np.maximum(epochs - lowest, 0), left=lowest, height=0.7, color=colours)
+    if capped:
+        caps, at = zip(*capped, strict=True)
+        axes.scatter(caps, at, marker="|", s=60, color=_CAP, label="cap", zorder=3)
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
+    axes.set_xscale("log")
+    axes.set_xlim(left=lowest)
+    axes.set_xlabel("epochs (red: more than the cap)" if capped else "epochs")
+
+
+def _draw_shares(axes: Any, rows: _Rows) -> None:
+    y = rows.y
+    realised = np.array([100 * row.realised for row in rows.languages])
+    asked = np.array([100 * row.asked for row in rows.languages])
+    of_tokens = 100 * rows.available / rows.available.sum()
+    axes.barh(y, realised, height=0.7, color=_PLANNED, alpha=0.75, label="realised")
+    axes.scatter(asked, y, marker="|", s=60, color="black", label="asked for", zorder=3)
+    axes.scatter(
+        of_tokens, y, s=16, facecolors="none", edgecolors="#5f6368", label="of the tokens", zorder=3
+    )
+    axes.set_xlim(left=0)
+    axes.set_xlabel("share of the samples, %")
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False)
+
+
+def _mark_powers_of_ten(axes: Any) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0), numticks=9))
+    axes.xaxis.set_major_formatter(lambda value, _: short(value))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _draw_families(axes: Any, rows: _Rows, *, named: bool) -> None:
+    """A grey ground under each family's languages, and its name beside the leftmost one."""
+    axes.grid(axis="x", alpha=0.25, linewidth=0.6)
+    axes.tick_params(axis="y", length=0)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.set_axisbelow(True)
+    for name, top, bottom in rows.families:
+        axes.axhspan(top - 0.5, bottom + 0.5, color="#f4f5f6", zorder=0)
+        if named:
+            axes.annotate(
+                name,
+                xy=(-0.13, (top + bottom) / 2),
+                xycoords=("axes fraction", "data"),
+                ha="right",
+                va="center",
+                fontsize=8.5,
+                fontweight="bold",
+                annotation_clip=False,
+            )
 
 
 def _draw_course(axes: Any, plan: Plan) -> None:

@@ -1,8 +1,8 @@
 """Prints the documents that an optimizer step was trained on.
 
-    python -m data.replay runs/demo --step 120                  # every sample of the step
-    python -m data.replay runs/demo --step 120 --sample 3 --text 500
-    python -m data.replay runs/demo --step 120 --json
+    python -m data.replay runs/demo/DATE --step 120                # every sample of the step
+    python -m data.replay runs/demo/DATE --step 120 --sample 3 --text 500
+    python -m data.replay runs/demo/DATE --step 120 --json
 
 Everything follows from the run's own configuration and its ledger; no index and no log of samples
 is needed. A step that is still to come is computed with the batch size of the last start. For each
@@ -18,6 +18,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from data.command_line import run_command
+from data.interrupted import say_interrupted
 from data.language_mixture import LanguageMixture
 from data.ledger import read_ledger, samples_of_step
 from data.open_mixture import open_mixture
@@ -97,15 +99,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--text", type=int, default=200, help="characters of each document shown")
     parser.add_argument("--json", action="store_true", help="whole documents, one sample a line")
     given = parser.parse_args(arguments)
-    try:
+
+    def command() -> int:
         for line in _replay(given):
             print(line)
-    except BrokenPipeError:  # | head
-        sys.stderr.close()
-    except (ValueError, OSError) as error:
-        print(f"data.replay: {error}", file=sys.stderr)
-        return 2
-    return 0
+        return 0
+
+    return run_command("python -m data.replay", command)
 
 
 def _replay(given: Any) -> Iterator[str]:
@@ -133,4 +133,5 @@ def _replay(given: Any) -> Iterator[str]:
 
 
 if __name__ == "__main__":
+    say_interrupted()
     sys.exit(main())

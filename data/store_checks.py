@@ -22,7 +22,8 @@ from data.checksums import (
     read_at,
     summarise,
 )
-from data.token_store import DATA_SUFFIXES, DOCS_MAGIC, TokenStore, index_layout, with_suffix
+from data.store_format import DATA_SUFFIXES, DOCS_MAGIC, index_layout, with_suffix
+from data.token_store import TokenStore
 
 _TASK_BYTES = 128 * CHUNK_BYTES  # one thread reads 8 MiB at a time
 _TASK_ENTRIES = 1 << 20  # of the index
@@ -198,17 +199,11 @@ def _check_index(store: TokenStore) -> _Found:
         if begin != store.tokens * itemsize:
             found.problems.append(f"its lengths add up to {begin // itemsize:,} tokens")
         # boundaries: one more than documents, from 0 up to the number of sequences
-        before = 0
-        for first in range(0, documents + 1, _TASK_ENTRIES):
-            count = min(_TASK_ENTRIES, documents + 1 - first)
-            part = _numbers(file.fileno(), boundaries_at + 8 * first, count, "<i8")
-            steps = np.diff(part, prepend=before)
-            if len(part) < count or (first == 0 and part[0] != 0) or steps.min() < 0:
-                found.problems.append("the boundaries of documents do not increase from 0")
-                return found
-            before = int(part[-1])
-        if before != sequences:
-            found.problems.append(f"its documents end at sequence {before:,} of {sequences:,}")
+        end = _end_of_increasing(file.fileno(), boundaries_at, documents + 1)
+        if end is None:
+            found.problems.append("the boundaries of documents do not increase from 0")
+        elif end != sequences:
+            found.problems.append(f"its documents end at sequence {end:,} of {sequences:,}")
     return found
 
 
@@ -221,17 +216,12 @@ def _check_document_ids(store: TokenStore) -> _Found:
     with open(with_suffix(store.prefix, ".docs"), "rb", buffering=0) as file:
         if os.pread(file.fileno(), len(DOCS_MAGIC), 0) != DOCS_MAGIC:
             found.problems.append("does not begin as it should")
-        before = 0
-        for first in range(0, documents + 1, _TASK_ENTRIES):
-            count = min(_TASK_ENTRIES, documents + 1 - first)
-            part = _numbers(file.fileno(), table + 8 * first, count, "<i8")
-            steps = np.diff(part, prepend=before)
-            if len(part) < count or (first == 0 and part[0] != 0) or steps.min() < 0:
-                found.problems.append("the places of the ids do not increase from 0")
-                return found
-            before = int(part[-1])
-        if not 0 <= table - len(DOCS_MAGIC) - before < 8:
-            found.problems.append(f"its ids end at byte {before:,}, its tables begin at {table:,}")
+        end = _end_of_increasing(file.fileno(), table, documents + 1)
+        if end is None:
+            found.problems.append("the places of the ids do not increase from 0")
+            return found
+        if not 0 <= table - len(DOCS_MAGIC) - end < 8:
+            found.problems.append(f"its ids end at byte {end:,}, its tables begin at {table:,}")
         for first in range(0, documents, _TASK_ENTRIES):
             count = min(_TASK_ENTRIES, documents - first)
             sources = _numbers(file.fileno(), size - 2 * (documents - first), count, "<u2")
@@ -373,6 +363,19 @@ def _few(sentences: list[str]) -> list[str]:
     if len(sentences) <= _SHOWN:
         return sentences
     return [*sentences[:_SHOWN], f"and {len(sentences) - _SHOWN:,} more places"]
+
+
+def _end_of_increasing(descriptor: int, at: int, entries: int) -> int | None:
+    """The last of int64 entries that begin with 0 and never fall; None where they do not."""
+    before = 0
+    for first in range(0, entries, _TASK_ENTRIES):
+        count = min(_TASK_ENTRIES, entries - first)
+        part = _numbers(descriptor, at + 8 * first, count, "<i8")
+        steps = np.diff(part, prepend=before)
+        if len(part) < count or (first == 0 and part[0] != 0) or steps.min() < 0:
+            return None
+        before = int(part[-1])
+    return before
 
 
 def _numbers(descriptor: int, start: int, count: int, dtype: str) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Which samples a run will see, said without the launcher: for data.plan and data.inspect.
 
-    read_settings([], run="runs/demo")                        # as the run wrote it down
+    read_settings([], run="runs/demo/DATE")                   # as the run wrote it down
     read_settings(["data.store_dir=stores", "train.train_steps=1000"])
     stream = open_stream(settings)
 
@@ -23,6 +23,7 @@ from data.config import DataConfig, MixtureConfig, Verify
 from data.language_families import near
 from data.mixture_file import read_mixture_file
 from data.open_mixture import OpenedMixture, open_mixture, prepare
+from data.run_folders import runs_below
 
 
 @dataclass(kw_only=True)
@@ -138,10 +139,8 @@ def run_config_path(run: Path | str) -> Path:
         if (found := re.fullmatch(r"config(?:\.(\d+))?\.yaml", path.name))
     }
     if not numbered:
-        below = sorted(path.parent.name for path in run.glob("*/config.yaml"))
         raise FileNotFoundError(
-            f"{run}: no run folder, because there is no config.yaml in it"
-            + (f"; there is one in {', '.join(below[-3:])} below it" if below else "")
+            f"{run}: no run folder, because there is no config.yaml in it{runs_below(run)}"
         )
     return numbered[max(numbered)]
 

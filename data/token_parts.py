@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from data.token_store import dtype_for
+from data.store_format import dtype_for
 
 _MAGIC = b"MAGPART1"
 _FIXED = struct.Struct("<8sQQ")

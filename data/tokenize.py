@@ -14,24 +14,18 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from data.corpus import ReadOptions
-from data.tokenize_corpus import (
-    DEMO_TOKENIZER,
-    SPLITS,
-    Progress,
-    TokenizeOptions,
-    building_folder,
-    differences,
-    is_complete,
-    open_stores,
-    read_manifest,
-    write_stores,
-)
+from data.documents import ReadOptions
+from data.interrupted import say_interrupted
+from data.store_folder import SPLITS, building_folder, is_complete, open_stores, read_manifest
+from data.tokenize_corpus import DEMO_TOKENIZER, TokenizeOptions, differences, write_stores
+from data.tokenize_progress import Progress
 from data.tokenizer import Tokenizer, load_tokenizer
 
 _LINE_EVERY_SECONDS = 10.0
 # How settings of a run are called here
 _FLAGS = {
+    " of python -m data.tokenize, whose --out is then data.store_dir": "",
+    " of python -m data.tokenize": "",
     "data.corpus=": "",
     "data.validation_fraction=": "--validation-fraction ",
     "data.languages:": "--languages:",
@@ -325,4 +319,5 @@ def _duration(seconds: float) -> str:
 
 
 if __name__ == "__main__":
+    say_interrupted()
     sys.exit(main())

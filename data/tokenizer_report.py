@@ -18,8 +18,10 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 
-from data.corpora.files import write_text
-from data.corpus import Document, read_documents
+from data.corpora.files import check_writable, write_text
+from data.corpus import read_documents
+from data.documents import Document
+from data.interrupted import say_interrupted
 from data.language_families import LANGUAGES, family_of
 from data.tokenizer import Tokenizer, load_tokenizer
 
@@ -437,7 +439,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for the JSON and the PNG")
     given = parser.parse_args(arguments)
+    json_path = given.out / "tokenizer_report.json"
     try:
+        check_writable(f"--out {given.out}", json_path)  # measuring may take hours
         report = measure(
             given.corpus,
             [load_tokenizer(path, given.eod_token) for path in given.tokenizer],
@@ -445,7 +449,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             megabytes_per_language=given.megabytes_per_language,
         )
         given.out.mkdir(parents=True, exist_ok=True)
-        json_path = given.out / "tokenizer_report.json"
         write_text(json_path, json.dumps(report.as_json(), indent=1, ensure_ascii=False) + "\n")
         plot(report, given.out / "tokenizer_report.png")
     except (OSError, ValueError, ModuleNotFoundError) as error:
@@ -457,4 +460,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    say_interrupted()
     sys.exit(main())

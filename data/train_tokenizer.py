@@ -14,8 +14,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.corpora.files import write_text
-from data.corpus import Document, read_documents
+from data.corpora.files import check_writable, write_text
+from data.corpus import read_documents
+from data.documents import Document
+from data.interrupted import say_interrupted
 from data.sampling_weights import temperature
 from data.tokenizer import SPECIAL_TOKENS, Tokenizer, load_tokenizer, train_tokenizer
 
@@ -231,10 +233,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
     given = parser.parse_args(arguments)
-    if given.out.exists() and not given.overwrite:
-        parser.error(f"--out {given.out} exists already; choose another name or give --overwrite")
     start = time.monotonic()
     try:
+        check_writable(f"--out {given.out}", given.out)  # training may take hours
+        if given.out.exists() and not given.overwrite:
+            parser.error(
+                f"--out {given.out} exists already; choose another name or give --overwrite"
+            )
         tokenizer = train_on_corpus(
             given.corpus,
             given.out,
@@ -256,4 +261,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    say_interrupted()
     sys.exit(main())

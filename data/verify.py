@@ -25,8 +25,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.checksums import CHUNK_BYTES
+from data.interrupted import say_interrupted
 from data.store_checks import Problem, check_contents, check_edges
-from data.token_store import DATA_SUFFIXES, TokenStore, with_suffix
+from data.store_format import DATA_SUFFIXES, with_suffix
+from data.token_store import TokenStore
 
 _SPLITS = ("train", "validation")
 _SUFFIXES = {*DATA_SUFFIXES, ".sums", ".json"}
@@ -275,4 +277,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    say_interrupted()
     sys.exit(main())

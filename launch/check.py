@@ -1,7 +1,7 @@
 """Everything about a launch that can be found wrong without launching it.
 
     python -m launch.check +model=magneto_1b parallel=tp8_sp --nodes 4 --gpus-per-node 8
-    python -m launch.check +experiment=mine cluster=gpu8_infiniband nodes=4 --device h100-80gb
+    python -m launch.check +experiment=demo cluster=gpu8_infiniband nodes=1 --device h100-80gb
     python -m launch.check +experiment=demo --processes 4 --json
 
 Takes the words of launch/pretrain.py, and those of launch.slurm where cluster=NAME is among them.
@@ -20,22 +20,30 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 
+from data.interrupted import say_interrupted
+
+if __name__ == "__main__":
+    say_interrupted()  # also amid the imports below
+
 from launch.check_checkpoints import check_checkpoints
 from launch.check_data import DataFacts, check_data
 from launch.check_disk import check_room
+from launch.check_engine import check_engine
 from launch.check_machines import Machines, check_tensor_ranks, plan
 from launch.check_memory import check_memory
 from launch.check_paths import path_of
 from launch.check_plausibility import check_plausibility
 from launch.check_report import Report, as_json, describe
+from launch.check_scale import check_scale
 from launch.check_slurm import check_job, check_time
+from launch.command_line import add_config_dir, words_parser
 from launch.composition import (
     Composition,
     compose_what_fits,
     left_out_a_model,
 )
 from launch.config import ClusterConfig
-from launch.findings import ERROR, WARNING, Findings
+from launch.findings import ERROR, WARNING, Findings, accused, many
 from launch.nearest_layout import nearest_layout
 from launch.schema import broken_rules_across_rooms, build
 from launch.slurm import Wish, load_cluster, searched, sort_words
@@ -61,13 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m launch.check",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("words", nargs="*", metavar="SETTING=VALUE", help="as for the launcher")
-    parser.add_argument("--config-dir", "-cd", metavar="DIR", help="as for the launcher")
+    parser = words_parser("python -m launch.check", __doc__)
+    add_config_dir(parser)
     many = parser.add_argument_group(
         "how many processes; by default as few as the layout needs, or what cluster= and nodes= say"
     )
@@ -105,18 +108,21 @@ def check(
         findings.errors("settings", error.problems)
     composed = compose_what_fits(wish.training, hidden)
     findings.errors("settings", composed.problems)
-    config = _config(composed, findings)
+    config, broken = _config(composed, findings)
     cluster = _cluster(wish, findings)
     planned = plan(config, wish, words, machines, cluster, findings)
     legal, data = False, DataFacts()
     if config is not None:
-        legal = _layout(config, planned.processes, findings)
+        legal = _layout(config, planned.processes, broken, findings)
         check_tensor_ranks(config, planned, findings)
+        check_engine(config, machines.device, cluster, findings)
         # Values that break their own rules, which has been told, make nonsense of what follows.
         # Most of it can be looked at all the same; what cannot ends with an error of arithmetic.
         guard = _nonsense_is_told if findings.of(ERROR) else nullcontext
         with guard():
             check_plausibility(config, findings, composed.typed)
+        with guard():
+            check_scale(config, planned.processes, findings)
         with guard():
             check_data(config, data, findings)
         with path_of("run_dir", config.run_dir, findings):
@@ -130,6 +136,7 @@ def check(
         config if legal else None, planned.processes, data.vocab_size, machines.device, findings
     )
     findings.forget_about(composed.lost, but=composed.problems)
+    findings.forget_about(accused(broken), but=broken)
     name = config.model.name if config else None
     report = Report(planned.processes, planned.how_many, name, words, findings.all)
     report.origins = list(composed.origins.values())
@@ -167,15 +174,15 @@ def _time(
         check_time(config, walltime_seconds(own), f"fault_tolerance.walltime={own}", findings)
 
 
-def _config(composed: Composition, findings: Findings) -> PretrainConfig | None:
-    """The settings as far as they can be had, with what their own classes say of them."""
+def _config(composed: Composition, findings: Findings) -> tuple[PretrainConfig | None, list[str]]:
+    """The settings as far as they can be had, and what their own classes say of them."""
     if composed.cfg is None:
-        return None
+        return None, []
     config, problems = build(composed.cfg, composed.words)
     if left_out_a_model(composed):
         problems = [line for line in problems if not line.startswith("no model is chosen")]
     findings.errors("settings", problems)
-    return config
+    return config, problems
 
 
 def _cluster(wish: Wish, findings: Findings) -> ClusterConfig | None:
@@ -188,9 +195,12 @@ def _cluster(wish: Wish, findings: Findings) -> ClusterConfig | None:
         return None
 
 
-def _layout(config: PretrainConfig, processes: int, findings: Findings) -> bool:
-    """Holds the settings against the rules across rooms; whether no rule at all is broken."""
-    known = [finding.text for finding in findings.of(ERROR)]
+def _layout(config: PretrainConfig, processes: int, known: list[str], findings: Findings) -> bool:
+    """Holds the settings against the rules across rooms; whether no rule at all is broken.
+
+    known: what is told of them already.
+    """
+    sound = not findings.of(ERROR)
     broken = [
         problem.replace(" started;", " planned;").replace(" with torchrun --nproc-per-node", "")
         for problem in broken_rules_across_rooms(config, processes, known)
@@ -206,9 +216,12 @@ def _layout(config: PretrainConfig, processes: int, findings: Findings) -> bool:
         if words:
             findings.notes(
                 "layout",
-                [f"the nearest layout that works on {processes} processes: {' '.join(words)}"],
+                [
+                    f"the nearest layout that works on {many(processes, 'process')}: "
+                    f"{' '.join(words)}"
+                ],
             )
-    return not broken and not known
+    return sound and not broken
 
 
 if __name__ == "__main__":

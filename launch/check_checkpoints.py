@@ -3,13 +3,13 @@
 Says what `pretrain.checkpoint` would say, in its words. Imports neither torch nor megatron-core.
 """
 
-import os
 from pathlib import Path
 from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 from omegaconf import OmegaConf
 
+from data.run_folders import runs_below
 from launch.check_data import DataFacts
 from launch.check_paths import path_of
 from launch.findings import Findings
@@ -36,7 +36,7 @@ from pretrain.run_identity import (
     plain_values_problem,
     start_problem,
 )
-from pretrain.run_lock import held_by
+from pretrain.run_lock import held_by, unusable
 from pretrain.train_state import TrainState
 
 TOPIC = "checkpoints"
@@ -48,8 +48,8 @@ def check_checkpoints(config: PretrainConfig, data: DataFacts, findings: Finding
     Raises OSError and RuntimeError for a run_dir that cannot be looked at.
     """
     run_dir = Path(config.run_dir).expanduser()
-    if unwritable := _unwritable(config, run_dir):
-        findings.errors(TOPIC, unwritable)
+    if unwritable := unusable(run_dir):
+        findings.errors(TOPIC, [unwritable])
         return
     findings.warnings(TOPIC, _held(run_dir))
     existing, damaged = _existing(run_dir / "checkpoints")
@@ -69,17 +69,6 @@ def check_checkpoints(config: PretrainConfig, data: DataFacts, findings: Finding
     elif config.checkpoint.load:
         with path_of("checkpoint.load", config.checkpoint.load, findings):
             _check_load(config, data, findings)
-
-
-def _unwritable(config: PretrainConfig, run_dir: Path) -> list[str]:
-    place = run_dir
-    while not place.exists():
-        place = place.parent
-    if not place.is_dir():
-        return [f"run_dir={config.run_dir}: {place} is a file; name a folder"]
-    if not os.access(place, os.W_OK | os.X_OK):
-        return [f"run_dir={config.run_dir}: {place} may not be written; choose another folder"]
-    return []
 
 
 def _held(run_dir: Path) -> list[str]:
@@ -232,7 +221,8 @@ def _check_load(config: PretrainConfig, data: DataFacts, findings: Findings) -> 
     found = find_checkpoints(Path(load))
     if not found:
         home = Path(load).expanduser()
-        hint = f"; write {home}" if home != Path(load) and find_checkpoints(home) else ""
+        at_home = home != Path(load) and find_checkpoints(home)
+        hint = f"; write {home}" if at_home else runs_below(load)
         findings.errors(
             TOPIC,
             [

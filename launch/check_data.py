@@ -1,4 +1,4 @@
-"""Is the text there, whole, of the right tokenizer, and enough? Looks, and builds nothing."""
+"""Is the text there, whole and of the right tokenizer? Looks, and builds nothing."""
 
 import logging
 from collections.abc import Iterator
@@ -9,30 +9,30 @@ from typing import Any
 
 import numpy as np
 
-from data.config import DataConfig, RatioUnit, Verify, Weighting
-from data.corpus import BadDocument, ReadOptions, corpus_files, parse_block, read_blocks
-from data.language_mixture import LanguageMixture
+from data.config import DataConfig, Verify
+from data.corpus import corpus_files, read_blocks
+from data.documents import BadDocument, ReadOptions
 from data.open_mixture import built_stores, open_mixture, open_tokenizer
 from data.packing_config import PackingConfig
-from data.plan import Plan, make_plan, shortfalls
-from data.token_store import TokenStore, dtype_for
+from data.parse_documents import parse_block
+from data.store_format import dtype_for
+from data.token_store import TokenStore
 from data.tokenize_corpus import DEMO_CORPUS
 from data.tokenizer import Tokenizer
 from data.verify import verify_stores
+from launch.check_languages import chosen, not_of_the_table, of_shipped_text
+from launch.check_mixture import TOPIC, check_mixture
 from launch.check_paths import path_of
-from launch.findings import Findings
+from launch.findings import Findings, many
 from pretrain.config import PretrainConfig
 from pretrain.run_identity import vocabulary_of
 
-TOPIC = "data"
 # Of a corpus that is not tokenized yet: up to so many bytes are hashed to find its stores, and of
 # so many files the first documents are read.
 _HASHED_BYTES = 64 << 20
 _FILES_LOOKED_INTO = 20
 _LOOKED_AT_BYTES = 1 << 16
 _IDS_LOOKED_AT = 1 << 16
-# passes over a language, above which we speak up
-_MANY_EPOCHS = 40
 
 
 @dataclass
@@ -119,12 +119,25 @@ def _stores_of_corpus(
         folder = built_stores(config, tokenizer)
         if folder is not None:
             return folder
-    findings.notes(
+    if not config.corpus:
+        with _warnings_of_data() as said:
+            findings.errors(TOPIC, of_shipped_text(config))
+        findings.warnings(TOPIC, said)
+        text = "the text that ships is tokenized when the run starts: epochs are not counted here"
+        findings.notes(TOPIC, [text])
+        return None
+    try:
+        findings.warnings(TOPIC, not_of_the_table(config))
+    except (OSError, ValueError) as error:  # of data.families
+        findings.errors(TOPIC, [str(error)])
+    tell = findings.warnings if chosen(config) else findings.notes
+    tell(
         TOPIC,
         [
-            f"data.corpus={config.corpus or corpus.name}: {len(files)} files of {size / 1e6:,.1f} "
-            "MB; they are tokenized when the run starts, if that has not been done: languages, "
-            "ratios and supply are not checked here. python -m data.tokenize does it beforehand"
+            f"data.corpus={config.corpus}: {many(len(files), 'file')} of {size / 1e6:,.1f} MB; "
+            "tokenized when the run starts, if that has not been done: whether the languages and "
+            "families of the settings are in it, and enough of them, is not checked here. "
+            "python -m data.tokenize does it beforehand"
         ],
     )
     findings.errors(TOPIC, _bad_documents(files[:_FILES_LOOKED_INTO]))
@@ -214,7 +227,7 @@ def _open(
         findings.errors(TOPIC, _wrong_ids(store))
         if tokenizer is not None:
             findings.errors(TOPIC, _other_tokenizer(store, tokenizer, data))
-    _supply(config, mixture, findings)
+    check_mixture(config, mixture, facts.vocab_size, findings)
 
 
 def _wrong_ids(store: TokenStore) -> list[str]:
@@ -266,71 +279,3 @@ def _warnings_of_data() -> Iterator[list[str]]:
     finally:
         logger.removeHandler(handler)
         logger.propagate = before
-
-
-# ---- how much of it
-
-
-def _supply(config: PretrainConfig, mixture: LanguageMixture, findings: Findings) -> None:
-    rules, train = config.data.mixture, config.train
-    samples = train.train_steps * train.global_batch_size
-    plan = make_plan(mixture, rules, samples, global_batch_size=train.global_batch_size)
-    ends, beyond = shortfalls(plan)
-    findings.errors(TOPIC, ends)
-    findings.warnings(TOPIC, beyond)
-    repeated, never = _odd_rows(plan)
-    if config.data.corpus or config.data.store_dir:
-        findings.warnings(TOPIC, [*repeated, *never])
-    else:
-        findings.notes(
-            TOPIC,
-            [
-                "data.corpus and data.store_dir are empty: the run trains on the little text that "
-                "ships with the package",
-                *repeated,
-                *never,
-            ],
-        )
-    tokens = samples * mixture.seq_length
-    findings.warnings(
-        TOPIC,
-        [
-            f"data.mixture.stages[{number}].from_tokens={stage.from_tokens} is beyond the "
-            f"{tokens:,} tokens of the run (train.train_steps={train.train_steps}): the stage "
-            "never begins; it counts tokens, not steps"
-            for number, stage in enumerate(rules.stages)
-            if stage.from_tokens >= tokens
-        ],
-    )
-    budget = rules.budget
-    in_tokens = rules.weighting is Weighting.unimax and rules.unit is RatioUnit.tokens
-    if in_tokens and budget and not 0.5 <= budget / tokens <= 2:
-        findings.warnings(
-            TOPIC,
-            [
-                f"data.mixture.budget={budget:g} is not what the run draws, {tokens} tokens: "
-                f"ratios are made for another run; use data.mixture.budget={tokens}"
-            ],
-        )
-
-
-def _odd_rows(plan: Plan) -> tuple[list[str], list[str]]:
-    """What is said of languages repeated many times, and of those never drawn."""
-    languages = [row for row in plan.rows if row.language]
-    often = sorted(
-        (row for row in languages if row.epochs > _MANY_EPOCHS and not row.broken),
-        key=lambda row: -row.epochs,
-    )
-    repeated = []
-    if often:
-        most = ", ".join(f"{row.language} {row.epochs:,.0f} times" for row in often[:5])
-        repeated.append(
-            f"{len(often)} of {len(languages)} languages are drawn more than {_MANY_EPOCHS} times "
-            f"over in {plan.samples:,} samples: {most}; plan fewer steps, give more text, or set "
-            "data.mixture.max_epochs and data.mixture.when_exhausted=redistribute"
-        )
-    never = [row.language for row in languages if row.asked > 0 and not row.planned_samples]
-    return repeated, [
-        f"{', '.join(never)}: never drawn in {plan.samples:,} samples, because the share is less "
-        "than one sample; raise the ratio, or leave out with data.mixture.drop_languages"
-    ] * bool(never)

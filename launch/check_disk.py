@@ -29,7 +29,17 @@ def check_room(
         return
     size = checkpoint_bytes(config, vocab_size)
     run_dir = Path(config.run_dir).expanduser()
-    free = free_bytes(run_dir) + _present_bytes(run_dir / "checkpoints")
+    empty = free_bytes(run_dir)
+    if empty == 0:  # also of /proc and the like, where no folder can be made
+        findings.errors(
+            _DISK,
+            [
+                f"run_dir={config.run_dir}: its file system has no room at all, or takes no files; "
+                "choose another run_dir"
+            ],
+        )
+        return
+    free = empty + _present_bytes(run_dir / "checkpoints")
     at_once = kept_at_once(config)
     needed = size * at_once
     findings.notes(

@@ -8,9 +8,10 @@ from launch.findings import Findings
 from launch.nearest_layout import words_between
 from models.parameter_count import parameter_count
 from parallel.config import ConfigError, RecomputeGranularity
-from parallel.deepspeed_config import EngineKind
+from parallel.deepspeed_config import DeepSpeedConfig, EngineKind
 from parallel.rank_layout import RankLayout
-from pretrain.config import PretrainConfig, validate
+from pretrain.config import PretrainConfig
+from pretrain.config_rules import validate
 from pretrain.memory import device_memory_bytes, predict_memory_of_run, worst_memory_of_run
 
 TOPIC = "memory"
@@ -52,6 +53,11 @@ def check_memory(
             f"activations, {_gib(peak.total - _kept(peak))} of the rest"
         ],
     )
+    if peak.host:
+        findings.notes(
+            TOPIC,
+            [f"each process keeps {_gib(peak.host)} of what is offloaded in its host's memory"],
+        )
     if room is None:
         return
     if peak.total > room:
@@ -90,8 +96,6 @@ def _room(device: str | None, findings: Findings) -> int | None:
 def _obstacle(config: PretrainConfig | None, vocab_size: int | None) -> str | None:
     if config is None:
         return "there are errors in settings or layout; mend those first"
-    if config.engine is not EngineKind.megatron:
-        return f"engine={config.engine.value} lays it out in its own way"
     if vocab_size is None and config.model.vocab_size is None:
         return "the vocabulary is not known: data.tokenizer cannot be read"
     return None
@@ -138,8 +142,10 @@ def _way_out(config: PretrainConfig, processes: int, vocab_size: int | None, roo
 
 def _leaner(config: PretrainConfig, processes: int) -> Iterator[PretrainConfig]:
     """The same run with less memory, cheapest change first; layouts may be illegal."""
-    train = config.train
-    asked = replace(config.parallel, use_distributed_optimizer=True)
+    train, asked = config.train, config.parallel
+    megatron = config.engine is EngineKind.megatron
+    if megatron:
+        asked = replace(asked, use_distributed_optimizer=True)
     kinds = list(RecomputeGranularity)
     least = kinds.index(asked.recompute_granularity)
     for recompute in kinds[least:]:
@@ -147,6 +153,10 @@ def _leaner(config: PretrainConfig, processes: int) -> Iterator[PretrainConfig]:
             parallel = replace(asked, recompute_granularity=recompute)
             smaller = replace(train, micro_batch_size=batch)
             yield replace(config, parallel=parallel, train=smaller)
+    if not megatron:
+        leaner = list(_leaner_deepspeed(config.deepspeed))
+        yield from (replace(config, deepspeed=deepspeed) for deepspeed in leaner)
+        config = replace(config, deepspeed=leaner[-1])
     for tensor, pipeline, expert in _finer(config, processes):
         for recompute in {asked.recompute_granularity: None, RecomputeGranularity.full: None}:
             try:
@@ -161,6 +171,14 @@ def _leaner(config: PretrainConfig, processes: int) -> Iterator[PretrainConfig]:
             except ConfigError:
                 continue
             yield replace(config, parallel=parallel, train=replace(train, micro_batch_size=1))
+
+
+def _leaner_deepspeed(asked: DeepSpeedConfig) -> Iterator[DeepSpeedConfig]:
+    """More of the state shared out, then the optimizer's on the host."""
+    for zero in range(asked.zero_stage, 4):
+        yield replace(asked, zero_stage=zero)
+    for zero in range(max(asked.zero_stage, 1), 4):
+        yield replace(asked, zero_stage=zero, offload_optimizer=True)
 
 
 def _finer(config: PretrainConfig, processes: int) -> list[tuple[int, int, int]]:
@@ -190,8 +208,11 @@ def _multiples(size: int, whole: int) -> list[int]:
 
 def _at_least(config: PretrainConfig, processes: int, vocab_size: int | None) -> float:
     """Bytes that a GPU of the fullest stage cannot do without, at no more than a few divisions:
-    weights in 16 bits, their gradients, and a share of what the optimizer keeps."""
+    weights in 16 bits, their gradients, and a share of what the optimizer keeps. With DeepSpeed,
+    which may keep nothing of these there, 0."""
     model, parallel = config.model, config.parallel
+    if config.engine is not EngineKind.megatron:
+        return 0.0
     count = parameter_count(model, vocab_size)
     dense = (count.total - count.experts) / parallel.tensor_model_parallel_size
     ranks = parallel.expert_model_parallel_size * parallel.expert_tensor_parallel_size

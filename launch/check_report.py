@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from launch.composition import COMMAND_LINE, DEFAULT, Origin
-from launch.findings import ERROR, NOTE, WARNING, Finding
+from launch.findings import ERROR, NOTE, WARNING, Finding, many
+from launch.origins import COMMAND_LINE, DEFAULT, Origin
 
 
 @dataclass
@@ -24,7 +24,9 @@ class Report:
 
 def describe(report: Report, *, everything: bool = False) -> list[str]:
     """The report for people: errors, warnings, notes, where values come from, the verdict."""
-    lines = [f"{report.model or 'no model'} on {report.processes} processes ({report.how_many})"]
+    lines = [
+        f"{report.model or 'no model'} on {many(report.processes, 'process')} ({report.how_many})"
+    ]
     where = {origin.setting: origin for origin in report.origins}
     typed = {word.lstrip("+~").partition("=")[0] for word in report.words}
     for severity in (ERROR, WARNING, NOTE):
@@ -36,7 +38,11 @@ def describe(report: Report, *, everything: bool = False) -> list[str]:
     lines += ["", *_table(report.origins, everything)]
     errors, warnings = len(report.of(ERROR)), len(report.of(WARNING))
     verdict = "sound" if not errors else "NOT SOUND"
-    lines += ["", f"{verdict}: {errors} errors, {warnings} warnings, in {report.seconds:.2f} s"]
+    lines += [
+        "",
+        f"{verdict}: {many(errors, 'error')}, {many(warnings, 'warning')}, "
+        f"in {report.seconds:.2f} s",
+    ]
     return lines
 
 
@@ -56,7 +62,10 @@ def _table(origins: Sequence[Origin], everything: bool) -> list[str]:
     shown = [
         origin
         for origin in origins
-        if everything or origin.source == COMMAND_LINE or origin.changed
+        # what nobody chose and has no default is of the model, where none is chosen
+        if everything
+        or origin.source == COMMAND_LINE
+        or (origin.changed and origin.source != DEFAULT)
     ]
     if not shown:
         return ["all settings have their defaults"]

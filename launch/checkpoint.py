@@ -1,14 +1,15 @@
 """Look at checkpoints, check them, copy them and compare them; one process, whatever the layout.
 
-    python -m launch.checkpoint ls runs/demo
-    python -m launch.checkpoint verify runs/demo/checkpoints/step_00000100 --full
-    python -m launch.checkpoint convert runs/demo weights --weights-only --dtype bf16
-    python -m launch.checkpoint convert runs/demo weights --safetensors
-    python -m launch.checkpoint diff runs/demo runs/other
+    python -m launch.checkpoint ls runs/demo/DATE
+    python -m launch.checkpoint verify runs/demo/DATE/checkpoints/step_00000050 --full
+    python -m launch.checkpoint convert runs/demo/DATE weights --weights-only --dtype bf16
+    python -m launch.checkpoint convert runs/demo/DATE tensors --safetensors
+    python -m launch.checkpoint diff runs/demo/DATE runs/other
 
 A path may be a run folder, its checkpoints folder or one checkpoint; of several the newest is
-taken, or the one of --step. Exit status of verify: 0 sound, 1 damaged; of diff: 0 equal, 1
-different; of all: 2 where there is nothing to work on.
+taken, or the one of --step. verify also takes a folder that convert --safetensors made. Exit
+status of verify: 0 sound, 1 damaged; of diff: 0 equal, 1 different; of all: 2 where there is
+nothing to work on.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from pathlib import Path
 # before launch/, where `import pretrain` would find pretrain.py
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from data.interrupted import say_interrupted
 from pretrain.checkpoint_list import (
     SOUND,
     UNVERIFIED,
@@ -25,6 +27,7 @@ from pretrain.checkpoint_list import (
     facts_of,
     find_checkpoint,
     find_checkpoints,
+    is_safetensors,
     is_unverifiable,
     losses_of,
     others,
@@ -34,6 +37,7 @@ from pretrain.checkpoint_list import (
 )
 
 SHOWN = 20  # lines of differences, unless --all
+DTYPE_HELP = "of the weights written; fp16 is for copies, runs do not train in it"
 
 
 def main() -> None:
@@ -46,7 +50,7 @@ def main() -> None:
 
 def parse(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="launch.checkpoint",
+        prog="python -m launch.checkpoint",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -64,7 +68,7 @@ def parse(words: list[str]) -> argparse.Namespace:
             command.add_argument("--all", action="store_true", help="show every difference")
         if name == "convert":
             command.add_argument("target", type=Path, help="folder to make")
-            command.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="of weights")
+            command.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help=DTYPE_HELP)
             command.add_argument(
                 "--safetensors",
                 action="store_true",
@@ -129,12 +133,16 @@ def _bytes(count: float) -> str:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    folder = find_checkpoint(options.path, options.step)
+    if options.step is None and is_safetensors(options.path):
+        folder, structure = options.path, list[str]()  # its manifest is all there is
+    else:
+        folder = find_checkpoint(options.path, options.step)
+        structure = structural_problems(folder)
     problems = problems_of(folder, checksums=options.full)
     how = "checksums" if options.full else "sizes; --full compares checksums, too"
     if is_unverifiable(folder, problems):
         problems, how = [], f"its index fits its files; {UNVERIFIED}"
-    problems += [p for p in structural_problems(folder) if p not in problems]
+    problems += [p for p in structure if p not in problems]
     for problem in problems:
         print(f"{folder.name}: {problem}")
     if not problems:
@@ -192,4 +200,5 @@ def _list(title: str, lines: list[str], limit: int | None) -> None:
 
 
 if __name__ == "__main__":
+    say_interrupted()
     main()

@@ -1,25 +1,19 @@
-"""Words of a command line put together as far as they go, and where each value comes from.
+"""Words of a command line put together as far as they go.
 
 Hydra stops at the first word it cannot place. Here such a word is noted and left out, and the rest
 composed, so that all that is wrong is found at once. Imports neither torch nor megatron-core.
 """
 
 import re
-import typing
-from collections.abc import Iterable, Sequence
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
-from enum import Enum
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
-import yaml  # type: ignore[import-untyped]
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
-from data.mixture_file import read_mixture_file
-from launch.mixture_file import WORD as MIXTURE
-from launch.mixture_file import mixture_path, with_mixture_files
+from launch.mixture_file import with_mixture_files
+from launch.origins import DEFAULT, Origin, is_mixture, name_of, origins_of
 from launch.schema import (
     ADDED,
     CONF,
@@ -31,20 +25,6 @@ from launch.schema import (
     settings,
 )
 from parallel.config import ConfigError
-from pretrain.config import PretrainConfig
-
-DEFAULT = "default"
-COMMAND_LINE = "command line"
-
-
-@dataclass(frozen=True)
-class Origin:
-    """A setting's value, and who said so: "default", a file, or "command line"."""
-
-    setting: str
-    value: Any
-    source: str
-    changed: bool  # it is not the default's value
 
 
 @dataclass
@@ -59,8 +39,8 @@ class Composition:
     def lost(self) -> list[str]:
         """Settings and groups that somebody typed, and that have another value, because it was
         refused."""
-        took_part = {_name(word) for word in self.words}
-        names = {_name(word) for word in self.refused} - took_part
+        took_part = {name_of(word) for word in self.words}
+        names = {name_of(word) for word in self.refused} - took_part
         return sorted(names & {*settings(), *groups()})
 
     def typed(self, setting: str) -> bool:
@@ -75,8 +55,8 @@ def compose_what_fits(words: Sequence[str], hidden: Sequence[str] = ()) -> Compo
     hidden: words that nobody typed, such as the one that stands for --config-dir.
     """
     register()
-    nameless = [word for word in words if not _name(word)]  # for which Hydra has no words
-    made = Composition(None, [word for word in words if _name(word)], nameless)
+    nameless = [word for word in words if not name_of(word)]  # for which Hydra has no words
+    made = Composition(None, [word for word in words if name_of(word)], nameless)
     made.problems += [f"{word} is not SETTING=VALUE: it names no setting" for word in nameless]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         while True:
@@ -90,8 +70,8 @@ def compose_what_fits(words: Sequence[str], hidden: Sequence[str] = ()) -> Compo
                     break
             except ConfigError as error:  # of data/mixture=FILE
                 made.problems += error.problems
-                made.refused += [word for word in made.words if _is_mixture(word)]
-                made.words = [word for word in made.words if not _is_mixture(word)]
+                made.refused += [word for word in made.words if is_mixture(word)]
+                made.words = [word for word in made.words if not is_mixture(word)]
             except CompositionError as error:
                 told = explain(error, made.words).problems
                 made.problems += [problem for problem in told if problem not in made.problems]
@@ -104,8 +84,7 @@ def compose_what_fits(words: Sequence[str], hidden: Sequence[str] = ()) -> Compo
     with open_dict(cfg):
         hydra = cfg.pop("hydra")
     made.cfg = cfg
-    files = _with_mixture(_files(hydra), [*made.words, *hidden])
-    made.origins = _origins(cfg, made.words, files)
+    made.origins = origins_of(cfg, hydra, made.words, hidden)
     return made
 
 
@@ -155,14 +134,6 @@ def _fits(words: Sequence[str], hidden: Sequence[str]) -> bool:
     return True
 
 
-def _is_mixture(word: str) -> bool:
-    return _name(word) == MIXTURE
-
-
-def _name(word: str) -> str:
-    return word.lstrip("+~").partition("=")[0]
-
-
 def _corrected(word: str, problem: str) -> list[str]:
     """The word as the problem says it should be, where a + or a number's unit is wrong."""
     other = word.lstrip("+") if word.startswith("+") else f"+{word}"
@@ -171,143 +142,3 @@ def _corrected(word: str, problem: str) -> list[str]:
     name = re.escape(word.lstrip("+").partition("=")[0])
     number = re.search(rf"({name}=[\d.e+-]+)$", problem)
     return [number[1]] if number and number[1] != word else []
-
-
-# ---- where values come from
-
-
-@dataclass(frozen=True)
-class _File:
-    shown: str  # as in conf/parallel/tp2.yaml
-    values: dict[str, Any]  # by dotted name
-
-
-def _origins(cfg: DictConfig, words: Sequence[str], files: Sequence[_File]) -> dict[str, Origin]:
-    defaults = _defaults()
-    found = {}
-    for setting in settings():
-        try:
-            value = OmegaConf.select(cfg, setting)
-        except OmegaConfBaseException:  # it refers to what is not there, which is told elsewhere
-            value = None
-        value = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
-        source = _source(setting, value, words, files, defaults)
-        changed = not (setting in defaults and _same(defaults[setting], value))
-        found[setting] = Origin(setting, value, source, changed)
-    return found
-
-
-def _source(
-    setting: str,
-    value: Any,
-    words: Sequence[str],
-    files: Sequence[_File],
-    defaults: dict[str, Any],
-) -> str:
-    if override_of(setting, [word for word in words if "." in word or "/" not in word]):
-        return COMMAND_LINE
-    setters = [file for file in files if setting in file.values]
-    for file in reversed(setters):
-        if _same(file.values[setting], value):
-            return file.shown
-    if setters:
-        return setters[-1].shown
-    if setting in defaults and not _same(defaults[setting], value):
-        return "a file of the configuration"  # of a group that we do not look into
-    return DEFAULT
-
-
-def _same(written: Any, value: Any) -> bool:
-    if isinstance(value, Enum):
-        return written in (value.name, value)
-    if isinstance(value, float) and isinstance(written, str):  # 1e-3, which YAML 1.1 takes for text
-        try:
-            return float(written) == value
-        except ValueError:
-            return False
-    return "${" in str(written) or written == value
-
-
-def _defaults(cls: type = PretrainConfig, prefix: str = "") -> dict[str, Any]:
-    """What the dataclasses say where nobody else does, by dotted name."""
-    values: dict[str, Any] = {}
-    kinds = typing.get_type_hints(cls)
-    for one in fields(cls):
-        key, kind = f"{prefix}{one.name}", kinds[one.name]
-        if is_dataclass(kind):
-            values |= _defaults(typing.cast(type, kind), f"{key}.")
-        elif one.default is not MISSING:
-            values[key] = one.default
-        elif one.default_factory is not MISSING:
-            values[key] = one.default_factory()
-    return values
-
-
-def _files(hydra: DictConfig) -> list[_File]:
-    """The files that were put together, later ones over earlier ones."""
-    folders = [
-        Path(source.path.removeprefix("file://"))
-        for source in hydra.runtime.config_sources
-        if source.path and (source.path.startswith("file://") or source.path.startswith("/"))
-    ]
-    choices = {
-        str(group): str(name)
-        for group, name in hydra.runtime.choices.items()
-        if not str(group).startswith("hydra/") and name is not None
-    }
-    order = sorted(choices, key=lambda group: group == "experiment")
-    files: list[_File] = []
-    for group in order:
-        files += _read(folders, group, choices[group])
-    return files
-
-
-def _with_mixture(files: list[_File], words: Sequence[str]) -> list[_File]:
-    """With data/mixture=FILE, which stands for all of data.mixture, on top of the files."""
-    for word in filter(_is_mixture, words):
-        path = mixture_path(word.partition("=")[2], words)
-        assert path is not None  # or the words would not have been put together
-        prefix = MIXTURE.replace("/", ".") + "."
-        kept = [
-            _File(f.shown, {k: v for k, v in f.values.items() if not k.startswith(prefix)})
-            for f in files
-        ]
-        return [*kept, _File(_shown(path), _flat(read_mixture_file(path), prefix))]
-    return files
-
-
-def _shown(path: Path) -> str:
-    return f"conf/{path.relative_to(CONF)}" if path.is_relative_to(CONF) else str(path)
-
-
-def _read(folders: Iterable[Path], group: str, name: str) -> list[_File]:
-    """A file of settings, after those of its group that its defaults list builds on."""
-    path = next((f for folder in folders if (f := folder / group / f"{name}.yaml").is_file()), None)
-    if path is None:
-        return []
-    text = path.read_text(encoding="utf-8")
-    content = yaml.safe_load(text) or {}
-    if not isinstance(content, dict):
-        return []
-    bases = [base for base in content.pop("defaults", None) or [] if isinstance(base, str)]
-    files = []
-    for base in bases:
-        if base != "_self_":
-            files += _read(folders, group, base)
-    package = re.search(r"^#\s*@package\s+(\S+)", text, re.MULTILINE)
-    prefix = group.replace("/", ".") + "."
-    if package is not None:
-        prefix = "" if package[1] == "_global_" else package[1].replace("_group_", group) + "."
-    return [*files, _File(_shown(path), _flat(content, prefix))]
-
-
-def _flat(content: dict[str, Any], prefix: str) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    known = settings()
-    for name, value in content.items():
-        key = f"{prefix}{name}"
-        if isinstance(value, dict) and key not in known:
-            values |= _flat(value, f"{key}.")
-        else:
-            values[key] = value
-    return values

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
+from data.interrupted import say_interrupted
 from pretrain.config import WandbConfig
 from pretrain.metrics import Axis, Chart, Section, charts
 
@@ -165,4 +166,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    say_interrupted()
     sys.exit(main())

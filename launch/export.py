@@ -1,7 +1,7 @@
 """Write a run's checkpoint as a folder that `transformers` loads.
 
-    python -m launch.export runs/demo exported
-    python -m launch.export runs/demo exported --step 2000 --dtype bf16
+    python -m launch.export runs/demo/DATE exported
+    python -m launch.export runs/demo/DATE exported --step 50 --dtype bf16
 
 Any layout's checkpoint, on one process and its CPU. The folder has the weights (safetensors), the
 settings, the tokenizer, a model card, where needed the model's code, and export_report.json: how
@@ -9,7 +9,6 @@ the logits were compared, and checksums. Exit status: 0 written, 2 not, with not
 """
 
 import argparse
-import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,25 +16,18 @@ from pathlib import Path
 # before launch/, where `import pretrain` would find pretrain.py
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from data.interrupted import say_interrupted
+from launch.command_line import run_on_one_cpu
+
 
 def main() -> None:
     options = parse(sys.argv[1:])
-    # one process on the CPU, also where there are GPUs: before torch is imported
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    try:
-        if options.max_file_gb <= 0:
-            raise ValueError(f"--max-file-gb={options.max_file_gb} must be above 0")
-        _refuse_early(options)
-        _export(options)
-    except (ValueError, OSError, RuntimeError) as error:  # CheckpointError is a RuntimeError
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_on_one_cpu(lambda: _export(options))
 
 
 def parse(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="launch.export",
+        prog="python -m launch.export",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -43,7 +35,9 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("out", type=Path, help="folder to make")
     parser.add_argument("--step", type=int, help="of the checkpoint; default: the newest")
     parser.add_argument(
-        "--dtype", choices=["fp32", "bf16", "fp16"], help="of the weights; default: as stored"
+        "--dtype",
+        choices=["fp32", "bf16", "fp16"],
+        help="of the weights written (fp16 too, which runs do not train in); default: as stored",
     )
     parser.add_argument("--max-file-gb", type=float, default=5.0, help="of one file of weights")
     parser.add_argument("--tokenizer", default="", help="its file; default: the run's")
@@ -59,6 +53,8 @@ def _refuse_early(options: argparse.Namespace) -> None:
     """What can be told before anything is imported and written, which takes its time."""
     from pretrain.checkpoint_list import find_checkpoint
 
+    if options.max_file_gb <= 0:
+        raise ValueError(f"--max-file-gb={options.max_file_gb} must be above 0")
     if options.out.exists():
         raise FileExistsError(f"{options.out} exists already; name another folder, or remove it")
     find_checkpoint(options.path, options.step)
@@ -70,6 +66,7 @@ def _refuse_early(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
+    _refuse_early(options)
     from pretrain.convert_checkpoint import DTYPES
     from pretrain.export import export
 
@@ -95,4 +92,5 @@ def _export(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
+    say_interrupted()
     main()

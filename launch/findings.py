@@ -1,7 +1,7 @@
 """What a check found, and how it is said."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 ERROR, WARNING, NOTE = "error", "warning", "note"
@@ -38,13 +38,8 @@ class Findings:
     def forget_about(self, settings: Iterable[str], but: Iterable[str]) -> None:
         """Drops what names one of these settings: its value is not what somebody typed. `but` the
         texts that say why."""
-        kept = set(but)
-        names = [re.compile(rf"(?<![\w.]){re.escape(setting)}=") for setting in settings]
-        self.all[:] = [
-            finding
-            for finding in self.all
-            if finding.text in kept or not any(name.search(finding.text) for name in names)
-        ]
+        kept, named = set(but), naming(settings)
+        self.all[:] = [one for one in self.all if one.text in kept or not named(one.text)]
 
     def _add(self, severity: str, topic: str, texts: Iterable[str]) -> None:
         known = {(finding.severity, finding.text) for finding in self.all}
@@ -52,3 +47,20 @@ class Findings:
             if (severity, text) not in known:
                 known.add((severity, text))
                 self.all.append(Finding(severity, topic, text))
+
+
+def naming(settings: Iterable[str]) -> Callable[[str], bool]:
+    """Whether a text names one of these settings with a value."""
+    names = [re.compile(rf"(?<![\w.]){re.escape(setting)}=") for setting in settings]
+    return lambda text: any(name.search(text) for name in names)
+
+
+def accused(problems: Iterable[str]) -> set[str]:
+    """The settings whose own values break a rule: those that these texts begin with."""
+    found = (re.match(r"([\w.]+)=", problem) for problem in problems)
+    return {match[1] for match in found if match}
+
+
+def many(count: int, one: str) -> str:
+    """1 error, 2 errors; 2 processes."""
+    return f"{count} {one}" + ("es" if one.endswith("s") else "s") * (count != 1)

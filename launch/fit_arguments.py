@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from data.quantity import quantity
 from data.scaling_law.fit_settings import FitSettings
 from data.scaling_law.optimum import Goal, Objective
 from data.scaling_law.runs_table import RunsTable
@@ -22,7 +23,6 @@ from models.config import ModelConfig
 from models.parameter_count import parameter_count
 from parallel.config import ConfigError
 
-_FACTORS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12}
 _DECIDED = tuple(
     f"data.mixture.{setting}"
     for setting in ("weighting", "ratios", "alpha", "gamma", "losses", "budget", "stages", "law")
@@ -122,18 +122,6 @@ def read_request(given: argparse.Namespace) -> Request:
         doubts=doubts,
         **request,
     )
-
-
-def quantity(setting: str, text: str) -> float:
-    """300B, 50e9, 1.5T, 85M as a number above 0. Raises ValueError naming the setting."""
-    found = re.fullmatch(r"([\d_]*\.?\d+(?:e\+?\d+)?)\s*([kmgbt]?)", text.strip().lower())
-    value = float(found[1].replace("_", "")) * _FACTORS[found[2]] if found else 0.0
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(
-            f"{setting} {text}: must be a number above 0, such as 300B, 50e9 or 1.5T (K, M, B or "
-            "G, T: thousands to millions of millions)"
-        )
-    return value
 
 
 def supply_of(

@@ -23,10 +23,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from data.interrupted import say_interrupted
+
+if __name__ == "__main__":
+    say_interrupted()  # also amid the imports below
+
 import yaml  # type: ignore[import-untyped]
 
+from data.command_line import run_command
 from data.mixture_law import SPARSE
-from data.plan import run_command, short
+from data.plan import short
 from data.scaling_law.fit import fit_law
 from data.scaling_law.identify import UnderdeterminedError
 from data.scaling_law.law import ScalingLaw

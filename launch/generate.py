@@ -1,9 +1,11 @@
-"""Sample from a run's newest checkpoint.
+"""Sample from a checkpoint.
 
-    python -m launch.generate runs/demo "The page you"
-    torchrun --nproc-per-node 2 launch/generate.py runs/demo "The page you" \\
+    python -m launch.generate runs/demo/DATE "The page you"
+    torchrun --nproc-per-node 2 launch/generate.py runs/demo/DATE "The page you" \\
         --tensor-model-parallel-size 2
 
+A path may be a run folder, its checkpoints folder, one checkpoint, or a copy by launch.checkpoint;
+of several the newest is taken.
 The layout need not be the one the run was trained with, and does not change the text.
 """
 
@@ -12,13 +14,19 @@ import os
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # before launch/, where `import pretrain` would find pretrain.py
+# before launch/, where `import pretrain` would find pretrain.py
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from data.interrupted import say_interrupted
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="launch.generate", description=__doc__.split("\n")[0])
-    parser.add_argument("run_dir", type=Path, help="folder of the run (run_dir=...)")
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.generate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("path", type=Path, help="run folder, checkpoints folder or checkpoint")
     parser.add_argument("prompt", nargs="+", help="text to continue; several may be given")
     parser.add_argument("--max-new-tokens", type=int, default=40)
     parser.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest token")
@@ -59,11 +67,12 @@ def _generate(options: argparse.Namespace) -> None:
         top_k=options.top_k,
         seed=options.seed,
     )
-    texts = generate(options.run_dir, options.prompt, parallel, sampling, options.tokenizer)
+    texts = generate(options.path, options.prompt, parallel, sampling, options.tokenizer)
     if os.environ.get("RANK", "0") == "0":
         for text in texts:
             print(text)
 
 
 if __name__ == "__main__":
+    say_interrupted()
     main()

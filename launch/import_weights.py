@@ -6,39 +6,38 @@
 
 The words behind OUT are settings, as launch/pretrain.py takes them; the model must be the one that
 the weights are of: what they do not show (norm epsilon, rotary base, activation) is not checked,
-but for what Megatron-LM's checkpoint says of its settings. OUT becomes a run folder with a
-checkpoint of step 0, for checkpoint.load=OUT, launch.generate, launch.export. Names and shapes fit,
-or nothing is written: exit status 2.
+but for what Megatron-LM's checkpoint says of its settings, and for what it does not have: all but
+pre_ln with rope or no positions. A checkpoint of ours needs no import. OUT becomes a run folder
+with a checkpoint of step 0, for checkpoint.load=OUT, launch.generate, launch.export. Names and
+shapes fit, or nothing is written: exit status 2.
 
     --rotary-interleaved yes|no   Megatron-LM's setting, if its checkpoint does not have it
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
 # before launch/, where `import pretrain` would find pretrain.py
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from data.interrupted import say_interrupted
+
+if __name__ == "__main__":
+    say_interrupted()  # also amid the imports below
+
+from launch.command_line import run_on_one_cpu
 from launch.schema import load
 
 
 def main() -> None:
     options = parse(sys.argv[1:])
-    # one process on the CPU, also where there are GPUs: before torch is imported
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    try:
-        _import(options)
-    except (ValueError, OSError, RuntimeError) as error:  # ConfigError is a ValueError
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_on_one_cpu(lambda: _import(options))
 
 
 def parse(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="launch.import_weights",
+        prog="python -m launch.import_weights",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -6,7 +6,8 @@ from dataclasses import replace
 from itertools import product
 
 from parallel.config import ConfigError, ParallelConfig
-from pretrain.config import PretrainConfig, validate
+from pretrain.config import PretrainConfig
+from pretrain.config_rules import validate
 
 # The largest size along an axis that is tried; nobody has more than so many heads or stages.
 _LARGEST = 512
@@ -99,9 +100,10 @@ def _with_fitting_batch(config: PretrainConfig, world_size: int) -> PretrainConf
 
 
 def words_between(asked: PretrainConfig, found: PretrainConfig) -> list[str]:
-    """What to add to a command line that gives `asked` to have `found`; of layout and batch."""
+    """What to add to a command line that gives `asked` to have `found`; of layout, batch and
+    engine=deepspeed."""
     words = []
-    for section in ("parallel", "train"):
+    for section in ("parallel", "train", "deepspeed"):
         before = vars(getattr(asked, section))
         for name, value in vars(getattr(found, section)).items():
             if value != before[name]:

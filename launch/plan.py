@@ -6,22 +6,23 @@ Takes what the launcher takes, checks it as the launcher does, and starts nothin
 for what is printed and for the exit status. Imports neither torch nor megatron-core.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 
-from data.plan import add_output_arguments, run_command, show
+from data.interrupted import say_interrupted
+
+if __name__ == "__main__":
+    say_interrupted()  # also amid the imports below
+
+from data.command_line import run_command
+from data.plan import add_output_arguments, show
 from data.stream_settings import StreamSettings
+from launch.command_line import words_parser
 from launch.schema import load
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m launch.plan",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("words", nargs="*", metavar="SETTING=VALUE", help="as for the launcher")
+    parser = words_parser("python -m launch.plan", __doc__)
     add_output_arguments(parser)
     given = parser.parse_intermixed_args(arguments)
 
@@ -34,7 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             train.global_batch_size,
             train.train_steps,
         )
-        return show(settings, train.train_steps * train.global_batch_size, given)
+        samples = train.train_steps * train.global_batch_size
+        return show(settings, samples, given, sparse=bool(config.model.moe.num_experts))
 
     return run_command("python -m launch.plan", command)
 

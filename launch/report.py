@@ -1,6 +1,6 @@
 """A run as one HTML page that works without a network.
 
-    python launch/report.py RUN [--out PAGE.html]
+    python -m launch.report RUN [--out PAGE.html]
 
 RUN is a run's folder; it may still be running. Default page: RUN/report.html.
 """
@@ -13,11 +13,14 @@ from pathlib import Path
 # before launch/, which holds a module of the same name as a room
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from data.interrupted import say_interrupted
 from pretrain.html_report import write_html_report
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.report", description=__doc__.splitlines()[0] if __doc__ else None
+    )
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
     parser.add_argument("--out", type=Path, help="the page to write (default: RUN/report.html)")
     given = parser.parse_args(arguments)
@@ -31,4 +34,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    say_interrupted()
     sys.exit(main())

@@ -24,12 +24,14 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
+from launch.findings import accused, naming
 from launch.mixture_file import WORD, with_mixture_files
 from launch.units import number_meant
 from models.config import ModelConfig
 from models.parameter_count import parameter_count
 from parallel.config import ConfigError
-from pretrain.config import PretrainConfig, validate
+from pretrain.config import PretrainConfig
+from pretrain.config_rules import validate
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 ADDED = ("model", "experiment")  # groups chosen with a + in front: no default stands for them
@@ -55,7 +57,7 @@ def load(overrides: Sequence[str] = ()) -> PretrainConfig:
     """The configuration of a launch with these words on its command line.
 
     Raises ConfigError as the launcher prints it. The rules across rooms, which need the number of
-    processes, are those of `pretrain.config.validate`.
+    processes, are those of `pretrain.config_rules.validate`.
     """
     register()
     try:
@@ -111,11 +113,14 @@ def build(
 def broken_rules_across_rooms(
     config: PretrainConfig, world_size: int, known: Sequence[str]
 ) -> list[str]:
-    """What `pretrain.config.validate` says, but for what is in `known`."""
+    """What `pretrain.config_rules.validate` says, but for what is in `known`, and for rules of
+    settings whose own values are wrong, as `known` says: there is no better value for the others
+    before those are right."""
+    wrong = naming(accused(known))
     try:
         validate(config, world_size)
     except ConfigError as error:
-        return [problem for problem in error.problems if problem not in known]
+        return [line for line in error.problems if line not in known and not wrong(line)]
     except (ArithmeticError, ValueError):
         if not known:  # sizes of 0 and the like, which have been told, make nonsense of the rest
             raise

@@ -16,7 +16,6 @@ error, the script to standard output. docs/slurm.md tells what the script does. 
 megatron-core.
 """
 
-import argparse
 import json
 import shutil
 import subprocess
@@ -27,17 +26,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
+from data.interrupted import say_interrupted
+
+if __name__ == "__main__":
+    say_interrupted()  # also amid the imports below
+
 import yaml  # type: ignore[import-untyped]
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from launch.check_scale import too_much_for_shipped_text
+from launch.command_line import add_config_dir, words_parser
 from launch.config import ClusterConfig
 from launch.schema import CONF, closest, load
 from launch.schema import SITES as GROUP
 from launch.slurm_script import Job, grace_seconds, render
 from launch.status import SUBMITTED, last_training_record, remaining_seconds
 from parallel.config import ConfigError
-from pretrain.config import PretrainConfig, validate
+from pretrain.config import PretrainConfig
+from pretrain.config_rules import validate
 from pretrain.progress import format_duration
 from pretrain.walltime import walltime_seconds
 
@@ -62,13 +69,8 @@ class Wish:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m launch.slurm",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("words", nargs="*", metavar="SETTING=VALUE", help="as for the launcher")
-    parser.add_argument("--config-dir", "-cd", metavar="DIR", help="as for the launcher")
+    parser = words_parser("python -m launch.slurm", __doc__)
+    add_config_dir(parser)
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--submit", action="store_true", help="write the script and submit it")
     action.add_argument("--dry-run", action="store_true", help="only show it, as without --submit")
@@ -332,7 +334,7 @@ def describe(job: Job, chain: int) -> list[str]:
             f"note      parallel.tensor_model_parallel_size={tensor} spans nodes of "
             f"{cluster.processes} processes, at the speed of the network"
         )
-    return lines
+    return lines + [f"warning: {text}" for text in too_much_for_shipped_text(config, job.processes)]
 
 
 def _clock(seconds: float) -> str:

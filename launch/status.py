@@ -18,6 +18,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from data.interrupted import say_interrupted
+from launch.findings import many
 from pretrain.events import read_events
 from pretrain.progress import format_duration
 from pretrain.run_status import FAILED, FINISHED, STATUS_FILE, STOPPED, read_status
@@ -209,7 +211,8 @@ def in_full(report: RunReport, now: float) -> list[str]:
         lines.append(f"  step        {_progress(report)}")
     if report.heartbeat_age_seconds is not None:
         age = _ago(report.heartbeat_age_seconds)
-        lines.append(f"  heartbeat   {age}, {report.world_size} processes, first on {report.host}")
+        processes = many(report.world_size or 0, "process")
+        lines.append(f"  heartbeat   {age}, {processes}, first on {report.host}")
     for job in report.jobs:
         place = f"on {job['nodes']}, {job['time_left']} left" if job["nodes"] else job["reason"]
         lines.append(f"  job         {job['job_id']} {job['state']} {place}")
@@ -260,4 +263,5 @@ def _ago(seconds: float) -> str:
 
 
 if __name__ == "__main__":
+    say_interrupted()
     sys.exit(main())

@@ -12,24 +12,29 @@ Imports neither torch nor megatron-core.
 """
 
 import argparse
-import os
 import shlex
-import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
+
+from data.interrupted import say_interrupted
+
+if __name__ == "__main__":
+    say_interrupted()  # also amid the imports below
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from data.folder_lock import FolderBusyError
+from data.folder_lock import FolderBusyError, FolderLock
 from data.open_mixture import prepare
 from data.scaling_law.design import design
 from data.scaling_law.sweep_config import SweepConfig, read_sweep
+from launch.findings import many
 from launch.schema import CONF, closest
 from launch.sweep_collect import check_evaluation, collect, evaluation_tokens, family_tokens
-from launch.sweep_devices import most_jobs, slurm_words, usable_gpus
+from launch.sweep_devices import most_jobs, usable_gpus
 from launch.sweep_folder import (
     BEGUN,
     CARRIED_ON,
@@ -44,16 +49,18 @@ from launch.sweep_folder import (
     shapes_of,
     write_sweep_folder,
 )
-from launch.sweep_runner import REPOSITORY, Runner, usable_cores
+from launch.sweep_runner import Runner, usable_cores
+from launch.sweep_slurm import LAUNCHER, SlurmJobs, multirun_command, queued, slurm_words, too_short
 from parallel.config import ConfigError
 from pretrain.config import PretrainConfig
 from pretrain.progress import format_duration
 
-SLURM_LAUNCHER = "hydra/launcher=submitit_slurm"
+NOTHING_TO_START = "every run is finished, at work or failed (--retry); there is nothing to start"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns 0; 1 where runs are left to do; 2 for what the user has to mend."""
+    """Returns 0; 1 where runs are left to do, of status where one has failed; 2 for what the user
+    has to mend."""
     given = _parser().parse_intermixed_args(arguments)
     try:
         commands: dict[str, Any] = {
@@ -83,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("command", choices=("design", "run", "status", "collect"))
     parser.add_argument("what", help="design: a name in conf/sweep or a YAML file; else: the sweep")
     parser.add_argument(
-        "words", nargs="*", metavar="SETTING=VALUE", help="design, --slurm: settings"
+        "words", nargs="*", default=[], metavar="SETTING=VALUE", help="design, --slurm: settings"
     )
     parser.add_argument("--out", type=Path, metavar="SWEEP", help="design: write the sweep here")
     parser.add_argument(
@@ -141,9 +148,9 @@ def _design_file(what: str) -> Path:
     if not path.is_file():
         there = sorted(file.stem for file in path.parent.glob("*.yaml"))
         meant = closest(what, there)
-        hint = f"did you mean {' or '.join(meant)}? " if meant else ""
+        hint = f"; did you mean {' or '.join(meant)}?" if meant else "."
         raise ValueError(
-            f"{what}: there is no {path}; {hint}There are {', '.join(there)}; a file of yours is "
+            f"{what}: there is no {path}{hint} There are {', '.join(there)}; a file of yours is "
             "named with its .yaml"
         )
     return path
@@ -153,10 +160,27 @@ def _changes(words: Sequence[str]) -> dict[str, Any]:
     bad = [word for word in words if "=" not in word]
     if bad:
         raise ValueError(f"{bad[0]}: changes are SETTING=VALUE, as in grid.points=12")
+    names = _setting_names(SweepConfig)
+    for word in words:
+        name = word.partition("=")[0]
+        if not any(name == known or name.startswith(f"{known}.") for known in names):
+            meant = closest(name, names)
+            there = f"there are {', '.join(names)}"
+            hint = f"did you mean {' or '.join(meant)}?" if meant else there
+            raise ValueError(f"{word}: there is no setting {name}; {hint}")
     try:
         return dict(OmegaConf.to_container(OmegaConf.from_dotlist(list(words))))  # type: ignore[arg-type]
     except OmegaConfBaseException as error:
         raise ValueError(str(error).splitlines()[0]) from None
+
+
+def _setting_names(of: type, prefix: str = "") -> list[str]:
+    """Of a sweep, as they are typed; those of grid, single_family, ... by their own names."""
+    names = []
+    for name, kind in get_type_hints(of).items():
+        inside = is_dataclass(kind) and isinstance(kind, type)
+        names += _setting_names(kind, f"{prefix}{name}.") if inside else [f"{prefix}{name}"]
+    return names
 
 
 def _most_epochs(folder: SweepFolder, build: bool) -> dict[str, float]:
@@ -189,20 +213,25 @@ def _settings_of_first(config: SweepConfig) -> PretrainConfig:
 
 def _run(given: argparse.Namespace) -> int:
     folder = read_sweep_folder(Path(given.what))
-    if given.multirun or given.slurm:
-        return _multirun(folder, given)
-    if given.words:
-        raise ValueError(f"{given.words[0]}: a run is what its design says; see design")
     for name in ("jobs", "threads", "gpus"):
         value = getattr(given, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name} {value}: must be at least 1")
+    if given.multirun or given.slurm:
+        return _multirun(folder, given)
+    if given.words:
+        raise ValueError(f"{given.words[0]}: a run is what its design says; see design")
+    if in_queue := queued(folder):
+        raise ValueError(
+            f"in SLURM's queue, and would run twice: {many(len(in_queue), 'run')}; wait with "
+            f"--slurm, or end them: scancel {' '.join(in_queue.values())}"
+        )
     gpus = usable_gpus(folder.config, given.gpus)
     most = most_jobs(folder.config, gpus, usable_cores(), given.threads)
     if gpus and given.jobs is not None and given.jobs > most:
         raise ValueError(
             f"--jobs {given.jobs}: {len(gpus)} GPUs are enough for {most} trainings of "
-            f"devices_per_run={folder.config.devices_per_run} at a time"
+            f"processes_per_run={folder.config.processes_per_run} at a time"
         )
     return 0 if Runner(
         folder,
@@ -215,34 +244,46 @@ def _run(given: argparse.Namespace) -> int:
     ).run() else 1  # fmt: skip
 
 
-def multirun_command(
-    folder: SweepFolder, names: Sequence[str], words: Sequence[str] = ()
-) -> list[str]:
-    """One command of Hydra's that runs these, each in the run folder it has with the runner."""
-    script = str(REPOSITORY / "launch" / "pretrain.py")
-    own = [f"hydra.sweep.dir={folder.path / 'multirun'}", *words]
-    return [sys.executable, script, "--multirun", *folder.words(names), *own]
-
-
 def _multirun(folder: SweepFolder, given: argparse.Namespace) -> int:
-    states = folder.states()
-    wanted = (*CARRIED_ON, FAILED) if given.retry else CARRIED_ON
-    names = [name for name, state in states.items() if state in wanted]
-    if not names:
-        print("every run is finished, at work or failed (--retry); there is nothing to start")
-        return 0
-    if not given.slurm and folder.config.devices_per_run > 1:
+    if not given.slurm and folder.config.processes_per_run > 1:
         raise ValueError(
-            f"--multirun: Hydra starts one process a run here, and this sweep has devices_per_run="
-            f"{folder.config.devices_per_run}; leave it out, or add --slurm"
+            "--multirun: Hydra starts one process a run here, and this sweep has "
+            f"processes_per_run={folder.config.processes_per_run}; leave it out, or add --slurm"
         )
-    launcher = [SLURM_LAUNCHER, *slurm_words(folder.config, given.words)] if given.slurm else []
-    command = multirun_command(folder, names, [*launcher, *given.words])
+    if given.slurm and given.gpus is not None:
+        raise ValueError(
+            f"--gpus {given.gpus}: GPUs of this machine; a job's are processes_per_run="
+            f"{folder.config.processes_per_run} for device=gpu, or what you type as "
+            "hydra.launcher.gpus_per_node"
+        )
     if given.multirun:
-        print(shlex.join(command))
+        names = _to_start(folder, given.retry, queued(folder) if given.slurm else ())
+        print(shlex.join(_hydra_command(folder, names, given)) if names else NOTHING_TO_START)
         return 0
-    print(f"submitting {len(names)} runs and waiting for them; the same again goes on", flush=True)
-    return subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
+    with FolderLock(folder.path):
+        jobs = SlurmJobs(folder, given.keep_checkpoints, say=lambda text: print(text, flush=True))
+        jobs.look()  # what ended while nobody waited
+        names = _to_start(folder, given.retry, jobs.waiting)
+        if not names and not jobs.waiting:
+            print(NOTHING_TO_START)
+            return 0
+        if names and (told := too_short(folder, names, given.words)):
+            print(f"WARNING: {told}")
+        return 0 if jobs.run(names, _hydra_command(folder, names, given), given.threads) else 1
+
+
+def _to_start(folder: SweepFolder, retry: bool, in_queue: Collection[str]) -> list[str]:
+    wanted = (*CARRIED_ON, FAILED) if retry else CARRIED_ON
+    states = folder.states()
+    return [name for name, state in states.items() if state in wanted and name not in in_queue]
+
+
+def _hydra_command(
+    folder: SweepFolder, names: Sequence[str], given: argparse.Namespace
+) -> list[str]:
+    own = slurm_words(folder.config, given.words, given.jobs, given.threads) if given.slurm else []
+    launcher = [LAUNCHER, *own] if given.slurm else []
+    return multirun_command(folder, names, [*launcher, *given.words])
 
 
 # ---------------------------------------------------------------- status, collect
@@ -256,7 +297,8 @@ def _status(given: argparse.Namespace) -> int:
     for name, attempt in folder.last_attempts().items():
         if states.get(name) == FAILED:
             print(f"  failed: {name}: {attempt['reason']}")
-    took = [a for a in folder.attempts() if states.get(a["run"]) == DONE and a["exit_code"] == 0]
+    here = [a for a in folder.attempts() if "seconds" in a]  # of a job it is not known
+    took = [a for a in here if states.get(a["run"]) == DONE and a["exit_code"] == 0]
     if took:
         planned = sum(run_seconds(folder.config, folder.by_name[a["run"]]) for a in took)
         factor = sum(a["seconds"] for a in took) / planned
@@ -266,17 +308,19 @@ def _status(given: argparse.Namespace) -> int:
             f"finished runs took {factor:.2f} times the estimate; by that those left take "
             f"{format_duration(seconds)} of one run at a time"
         )
+    for name, job in queued(folder).items():
+        print(f"  in SLURM's queue: {name}: job {job}")
     begun = [name for name, state in states.items() if state == BEGUN]
     if begun:
         print(f"begun, to go on from a checkpoint: {', '.join(begun)}")
-    return 0 if all(state == DONE for state in states.values()) else 1
+    return 1 if FAILED in states.values() else 0
 
 
 def _collect(given: argparse.Namespace) -> int:
     folder = read_sweep_folder(Path(given.what))
     table, left_out = collect(folder)
     table.save(given.out or folder.table)
-    print(f"{given.out or folder.table}: {len(table.runs)} runs, {len(table.rows)} rows")
+    print(f"{given.out or folder.table}: {many(len(table.runs), 'run')}, {len(table.rows)} rows")
     for line in left_out:
         print(f"  not in it, or without a loss: {line}")
     return 1 if left_out else 0

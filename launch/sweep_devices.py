@@ -1,6 +1,7 @@
-"""Which processors the trainings of a sweep get, on this machine and in SLURM jobs.
+"""Which processors the trainings of a sweep get on this machine.
 
-A run is `devices_per_run` processes, one a GPU, or one for each share of a machine's cores.
+A run is `processes_per_run` processes; each has one GPU, or with device=cpu_core as many cores as
+threads.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ _VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 def training_command(config: SweepConfig, script: Path, words: Sequence[str]) -> list[str]:
     """What starts one run: its script, under torchrun where it is several processes."""
-    if config.devices_per_run == 1:
+    if config.processes_per_run == 1:
         return [sys.executable, str(script), *words]
-    processes = ["--standalone", "--nproc-per-node", str(config.devices_per_run)]
+    processes = ["--standalone", "--nproc-per-node", str(config.processes_per_run)]
     return [sys.executable, "-m", "torch.distributed.run", *processes, str(script), *words]
 
 
@@ -38,12 +39,12 @@ def usable_gpus(config: SweepConfig, number: int | None) -> list[str]:
             raise ValueError(f"--gpus {number}: this sweep has device=cpu_core; leave --gpus out")
         return []
     found = _visible() if number is None else (_visible(asked=False) or _numbered(number))[:number]
-    if len(found) < config.devices_per_run:
+    if len(found) < config.processes_per_run:
         told = (
             f"--gpus {number}" if number is not None else "nvidia-smi -L and CUDA_VISIBLE_DEVICES"
         )
         raise ValueError(
-            f"device=gpu and devices_per_run={config.devices_per_run}: this machine has "
+            f"device=gpu and processes_per_run={config.processes_per_run}: this machine has "
             f"{len(found)} GPUs by {told}; run the sweep where there are enough, say how many "
             "there are with --gpus N, or submit it with --slurm"
         )
@@ -53,8 +54,8 @@ def usable_gpus(config: SweepConfig, number: int | None) -> list[str]:
 def most_jobs(config: SweepConfig, gpus: Sequence[str], cores: int, threads: int) -> int:
     """Trainings that fit on the machine at a time; at least one."""
     if config.device is Device.gpu:
-        return len(gpus) // config.devices_per_run
-    return max(1, cores // (threads * config.devices_per_run))
+        return len(gpus) // config.processes_per_run
+    return max(1, cores // (threads * config.processes_per_run))
 
 
 def environment(
@@ -63,32 +64,13 @@ def environment(
     """Variables of the training in a slot: its threads, and GPUs that no other slot has."""
     variables = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
     if gpus:
-        first = slot * config.devices_per_run
-        variables[_VISIBLE] = ",".join(gpus[first : first + config.devices_per_run])
-    if config.devices_per_run > 1:
+        first = slot * config.processes_per_run
+        variables[_VISIBLE] = ",".join(gpus[first : first + config.processes_per_run])
+    if config.processes_per_run > 1:
         variables["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = os.environ.get(
             "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_SECONDS)
         )
     return variables
-
-
-def slurm_words(config: SweepConfig, typed: Sequence[str]) -> list[str]:
-    """Hydra's words for a job's tasks and GPUs, one task a process; typed ones are left alone.
-
-    Raises ValueError where the processes cannot be shared out among the nodes that are typed.
-    """
-    said = dict(word.lstrip("+").split("=", 1) for word in typed if "=" in word)
-    tasks, gpus = "hydra.launcher.tasks_per_node", "hydra.launcher.gpus_per_node"
-    nodes = said.get("hydra.launcher.nodes", "1")
-    whole = nodes.isdigit() and int(nodes) > 0 and config.devices_per_run % int(nodes) == 0
-    if not whole and tasks not in said:
-        raise ValueError(
-            f"hydra.launcher.nodes={nodes}: devices_per_run={config.devices_per_run} processes "
-            f"cannot be shared out among so many nodes; name others, or type {tasks}"
-        )
-    each = said.get(tasks) or str(config.devices_per_run // int(nodes))
-    wanted = {tasks: each} | ({gpus: each} if config.device is Device.gpu else {})
-    return [f"{name}={value}" for name, value in wanted.items() if name not in said]
 
 
 def _visible(asked: bool = True) -> list[str]:

@@ -3,7 +3,8 @@
     SWEEP/sweep.yaml           as designed: the settings, and every run with what it costs
     SWEEP/conf/run/NAME.yaml   a run for the launcher: --config-dir SWEEP/conf +run=NAME
     SWEEP/runs/NAME/           its run folder
-    SWEEP/attempts.jsonl       every start of the local runner and how it ended
+    SWEEP/attempts.jsonl       every start and how it ended
+    SWEEP/jobs.jsonl           which run was submitted to SLURM as which job
     SWEEP/runs.parquet         the table, of `python -m launch.sweep collect`
 
 Imports neither torch nor megatron-core.
@@ -31,7 +32,8 @@ from data.scaling_law.sweep_config import SweepConfig, SweepModel, make_sweep
 from launch.schema import CONF, CompositionError, explain, register, to_pretrain_config
 from models.parameter_count import flops_per_token, parameter_count
 from parallel.config import ConfigError
-from pretrain.config import PretrainConfig, validate
+from pretrain.config import PretrainConfig
+from pretrain.config_rules import validate
 from pretrain.run_status import FINISHED, read_status
 
 SWEEP_FILE, ATTEMPTS_FILE, TABLE_FILE = "sweep.yaml", "attempts.jsonl", "runs.parquet"
@@ -85,7 +87,7 @@ class SweepFolder:
         return {attempt["run"]: attempt for attempt in self.attempts()}
 
     def attempts(self) -> list[dict[str, Any]]:
-        """What the local runner started, oldest first; a line cut off by a kill is left out."""
+        """What was started and has ended, oldest first; a line cut off by a kill is left out."""
         path, found = self.path / ATTEMPTS_FILE, []
         for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
             try:
@@ -181,19 +183,19 @@ def _run_file(folder: SweepFolder, run: PlannedRun) -> str:
 
 def save_interval(config: SweepConfig, run: PlannedRun) -> int:
     """Steps between two checkpoints: about config.save_minutes; 0 for a run shorter than that."""
-    seconds = run.flops / run.train_steps / (config.flops_per_second * config.devices_per_run)
+    seconds = run.flops / run.train_steps / (config.flops_per_second * config.processes_per_run)
     steps = max(1, round(60 * config.save_minutes / seconds))
     return steps if steps < run.train_steps else 0
 
 
 def run_seconds(config: SweepConfig, run: PlannedRun) -> float:
     """How long a run takes by the sweep's own estimate."""
-    speed = config.flops_per_second * config.devices_per_run
+    speed = config.flops_per_second * config.processes_per_run
     return config.startup_seconds + run.flops / speed
 
 
 def device_hours(config: SweepConfig, runs: Sequence[PlannedRun]) -> float:
-    return sum(run_seconds(config, run) for run in runs) * config.devices_per_run / 3600
+    return sum(run_seconds(config, run) for run in runs) * config.processes_per_run / 3600
 
 
 def settings_of(config: SweepConfig, model: SweepModel) -> PretrainConfig:
@@ -227,9 +229,9 @@ def shapes_of(config: SweepConfig) -> dict[str, ModelShape]:
     for name, model in config.models.items():
         try:
             settings = settings_of(config, model)
-            validate(settings, world_size=config.devices_per_run)
+            validate(settings, world_size=config.processes_per_run)
         except ConfigError as error:
-            problems += [f"models.{name}: {problem}" for problem in error.problems]
+            problems += [f"models.{name}: {_asked(problem, config)}" for problem in error.problems]
             continue
         vocabulary = settings.model.vocab_size or open_tokenizer(settings.data).vocab_size
         shapes[name] = ModelShape(
@@ -240,6 +242,12 @@ def shapes_of(config: SweepConfig) -> dict[str, ModelShape]:
     if problems:
         raise ConfigError(*problems)
     return shapes
+
+
+def _asked(problem: str, config: SweepConfig) -> str:
+    """A rule about the number of processes, in the words of a sweep instead of torchrun's."""
+    counted = f" asked for (processes_per_run={config.processes_per_run});"
+    return problem.replace(" started;", counted).replace(" with torchrun --nproc-per-node", "")
 
 
 def describe_cost(folder: SweepFolder, epochs: Mapping[str, float] | None = None) -> list[str]:

@@ -63,7 +63,7 @@ class Started:
 class Runner:
     """Runs what is left of a sweep. `run` returns whether all of it is finished.
 
-    gpus: what the slots share, `devices_per_run` each. A run that somebody else is at work on is
+    gpus: what the slots share, `processes_per_run` each. A run that somebody else is at work on is
     not started here and nothing is recorded of it.
     """
 
@@ -151,7 +151,7 @@ class Runner:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C reaches them through this process alone
-                preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+                preexec_fn=end_with_parent if sys.platform == "linux" else None,
             )
         self._working.append(Started(name, process, time.time(), slot))
 
@@ -199,9 +199,7 @@ class Runner:
     def _last_line(self, name: str) -> str:
         path = self.folder.run_dir(name) / LOG_FILE
         lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        errors = [line for line in lines if _EXCEPTION.match(line)]
-        told = [line for line in lines if line.startswith("error")] or errors or lines
-        return told[-1][:500] if told else "it said nothing"
+        return last_error(path) or (lines[-1][:500] if lines else "it said nothing")
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         """Only notes it: a training that is being started right now could not be told here."""
@@ -237,7 +235,7 @@ class Runner:
     def _summary(self, seconds: float) -> None:
         states = self.folder.states()
         count = {state: list(states.values()).count(state) for state in set(states.values())}
-        cores = min(self.jobs * self.threads * self.folder.config.devices_per_run, usable_cores())
+        cores = min(self.jobs * self.threads * self.folder.config.processes_per_run, usable_cores())
         used = self._cpu_seconds / (cores * seconds) if seconds else 0
         self.say(
             f"{count.get(DONE, 0)} of {len(states)} runs finished; {format_duration(seconds)}, "
@@ -256,6 +254,14 @@ class Runner:
             self.say(f"to go on: python -m launch.sweep run {self.folder.path}")
 
 
+def last_error(log: Path) -> str:
+    """The last line of a log that says what ended the training; "" where none does."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    errors = [line for line in lines if _EXCEPTION.match(line)]
+    told = [line for line in lines if line.startswith("error")] or errors
+    return told[-1][:500] if told else ""
+
+
 def _kill(pid: int) -> None:
     """A training and all processes below it: torchrun's workers would outlive it."""
     with suppress(psutil.NoSuchProcess):
@@ -265,8 +271,8 @@ def _kill(pid: int) -> None:
                 one.kill()
 
 
-def _end_with_parent() -> None:
-    """In the child, before it becomes the training: SIGTERM when the parent dies, however."""
+def end_with_parent() -> None:
+    """In the child, before it becomes another program: SIGTERM when the parent dies, however."""
     libc: Any = ctypes.CDLL(None)
     libc.prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)
 

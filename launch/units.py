@@ -4,7 +4,8 @@ import math
 import re
 from typing import Any
 
-_FACTORS = {"k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12}
+from data.quantity import FACTORS
+
 _NUMBER = r"[+-]?\d[\d_]*(?:\.\d*)?(?:e[+-]?\d+)?"
 _SECONDS = {
     **dict.fromkeys(("s", "sec", "second", "seconds"), 1.0),
@@ -46,7 +47,7 @@ def _plain_number(text: str) -> float | None:
     if found is None:
         return None
     number = float(found[1].replace("_", ""))
-    return number / 100 if found[2] == "%" else number * _FACTORS.get(found[2], 1.0)
+    return number / 100 if found[2] == "%" else number * FACTORS.get(found[2], 1.0)
 
 
 def _seconds(text: str) -> float | None:

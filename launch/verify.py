@@ -3,8 +3,9 @@
     python launch/verify.py +model=magneto_1b parallel=tp2_pp2
 
 Takes what launch/pretrain.py takes, checks it as that does, and trains a small copy of the model,
-with the same structure and layout, for two steps on processes of this machine's CPU; then compares
-losses, every gradient, and weights with one process. Two settings are its own:
+with the same structure, layout and engine, for two steps on processes of this machine's CPU; then
+compares losses, every gradient, and weights with one process of engine=megatron. Two settings are
+its own:
 
     verify.processes=8          at most so many processes; longer axes are made shorter to fit
     verify.timeout_seconds=600  for each of the two trainings
@@ -22,6 +23,11 @@ from typing import Any, cast
 # before launch/, where `import pretrain` would find pretrain.py
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from data.interrupted import say_interrupted
+
+if __name__ == "__main__":
+    say_interrupted()  # also amid the imports below, which take a second
+
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
@@ -30,8 +36,7 @@ from launch.mixture_file import with_mixture_files
 from launch.pretrain import refuse
 from launch.schema import CONF, CompositionError, explain, register, to_pretrain_config
 from parallel.config import ConfigError
-from parallel.deepspeed_config import EngineKind
-from pretrain.config import validate
+from pretrain.config_rules import validate
 from pretrain.shrink import processes_needed, shrink
 
 
@@ -96,11 +101,6 @@ def _check(cfg: DictConfig, settings: VerifySettings) -> None:
         typed = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
         config = to_pretrain_config(cfg, cast(list[str], typed))
         validate(config, world_size=processes_needed(config.parallel))
-        if config.engine is not EngineKind.megatron:
-            raise ConfigError(
-                f"engine={config.engine.value}: launch/verify.py compares layouts of "
-                "engine=megatron only; leave engine and deepspeed.* out to check the layout alone"
-            )
         small = shrink(config, settings.processes)
     except ConfigError as error:
         refuse(error)

@@ -36,9 +36,10 @@ expert on it, E the number of all experts. Kept, in bytes:
     full recompute   e u h a group of layers, in the place of all of the above
 
 Backward, an operation needs its incoming and outgoing gradients, what it evaluates again, and a
-matrix of its weight's size that autograd is handed for the gradient that went into the gradient
-buffer already (parallel/weight_gradient.py:gradient_placeholder); and all the way e u h for the
-gradient of the residual stream.
+matrix of its weight's size: the gradient, or what autograd is handed for one that went into the
+gradient buffer already (parallel/weight_gradient.py:gradient_placeholder); and all the way e u h
+for the gradient of the residual stream. Without such buffers, with engine=deepspeed, the loss keeps
+4 v h more: the gradient of the output projection, taken in the forward pass.
 
 Left out: with attention_dropout on a CPU the [s, s] probabilities, which the kernel without dropout
 never holds.
@@ -75,6 +76,11 @@ class Operation:
     kept: int  # from its forward to its backward pass
     backward: int  # beside what is kept, while its backward pass runs
     forward: int = 0  # beside what is kept, while its forward pass runs
+    matrices: tuple[int, ...] = ()  # elements of each of its weights
+
+    @property
+    def weights(self) -> int:
+        return sum(self.matrices)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +104,7 @@ class Sizes:
     sequence_parallel: bool
     resets_attention: bool  # it stops at the borders of documents
     resets_positions: bool  # they count from there
+    fused: bool = True  # gradients of weights go straight into fp32 buffers
 
     @property
     def on_cpu(self) -> bool:
@@ -114,7 +121,8 @@ class Sizes:
 
     def widened(self, width: int) -> int:
         """Bytes of the fp32 copies that a CPU makes of 16-bit factors of a weight gradient."""
-        return 4 * self.tokens * width if self.on_cpu and self.element == 2 else 0
+        widens = self.on_cpu and self.element == 2 and self.fused
+        return 4 * self.tokens * width if widens else 0
 
 
 def norm_operation(model: ModelConfig, sizes: Sizes) -> Operation:
@@ -217,6 +225,7 @@ def linear_operation(name: str, sizes: Sizes, inputs: int, outputs: int) -> Oper
         sizes.stream,
         backward=backward + sizes.widened(inputs + outputs),
         forward=sizes.sheet(outputs),
+        matrices=(inputs * outputs,),
     )
 
 
@@ -230,15 +239,16 @@ def row_parallel_operation(
     kept: int,
 ) -> Operation:
     """linear_proj or linear_fc2, whose input is `kept` bytes that nothing else keeps."""
-    e, h = sizes.element, sizes.hidden
-    backward = sizes.stream + e * inputs * h + sizes.widened(inputs + h)
+    e, h, weights = sizes.element, sizes.hidden, inputs * sizes.hidden
+    backward = sizes.stream + e * weights + sizes.widened(inputs + h)
     if sizes.sequence_parallel:
         backward += sizes.sheet(h)  # the output's gradient, gathered
     if model.layer_norm_placement is not LayerNormPlacement.sub_ln:
-        return Operation(name, kept, backward + sizes.sheet(inputs), forward=sizes.sheet(h))
+        return Operation(name, kept, backward + sizes.sheet(inputs), sizes.sheet(h), (weights,))
     if sizes.tensor == 1:
         # the input normalised again, the gradients of that and of the input
-        return Operation(name, kept, backward + sizes.sheet(3 * inputs), sizes.sheet(inputs))
+        backward += sizes.sheet(3 * inputs)
+        return Operation(name, kept, backward, sizes.sheet(inputs), (weights,))
     wide = 4 * sizes.tokens * inputs
     # the standardised input and g dz in fp32, dz, and one product
     backward += 3 * wide + (sizes.sheet(inputs) if e == 2 else 0)
@@ -246,7 +256,7 @@ def row_parallel_operation(
         kept += sizes.sheet(inputs) + 8 * sizes.tokens
     else:
         kept += sizes.stream + 8 * sizes.own_tokens
-    return Operation(name, kept, backward, forward=wide + sizes.sheet(h))
+    return Operation(name, kept, backward, wide + sizes.sheet(h), (weights,))
 
 
 def _with_dropout(branch: Sequence[Operation], model: ModelConfig, sizes: Sizes) -> list[Operation]:
@@ -262,11 +272,16 @@ def _dropout_mask(sizes: Sizes) -> int:
     return sizes.own_tokens * sizes.hidden * (sizes.element if sizes.on_cpu else 1)
 
 
-def embedding_operation(model: ModelConfig, sizes: Sizes) -> Operation:
-    """Its gradient is a matrix of the vocabulary, or a placeholder of that size."""
-    matrix = sizes.element * sizes.vocabulary * sizes.hidden
+def embedding_operation(model: ModelConfig, sizes: Sizes, *, alone: bool) -> Operation:
+    """Its gradient is a matrix of the vocabulary, or a placeholder of that size.
+
+    alone: on the only stage, where a tied output projection is the same weight.
+    """
+    weights = sizes.vocabulary * sizes.hidden
     mask = _dropout_mask(sizes) if model.hidden_dropout else 0
-    return Operation("embedding", mask, backward=matrix + sizes.sheet(sizes.hidden))
+    backward = sizes.element * weights + sizes.sheet(sizes.hidden)
+    tied = alone and model.share_embeddings_and_output_weights
+    return Operation("embedding", mask, backward, matrices=() if tied else (weights,))
 
 
 def loss_operations(model: ModelConfig, sizes: Sizes, *, alone: bool) -> list[Operation]:
@@ -283,12 +298,11 @@ def loss_operations(model: ModelConfig, sizes: Sizes, *, alone: bool) -> list[Op
         buffers += 4 * chunk * (v + h)  # fp32 copies for the weight's gradient
     # a tied embedding on the same stage, the only one (`alone`), gets no placeholder
     tied = alone and model.share_embeddings_and_output_weights
-    loss = Operation(
-        "loss",
-        sizes.sheet(h),
-        backward=0 if tied else e * v * h,
-        forward=sizes.sheet(h) + buffers,
-    )
+    kept, backward = sizes.sheet(h), 0 if tied else e * v * h
+    if not sizes.fused:  # the weight's gradient in fp32; on a GPU scaled, in 16 bits rounded
+        kept += 4 * v * h
+        backward = (0 if sizes.on_cpu else 4 * v * h) + (2 * v * h if e == 2 else 0)
+    loss = Operation("loss", kept, backward, sizes.sheet(h) + buffers, matrices=(v * h,))
     if model.layer_norm_placement in (LayerNormPlacement.post_ln, LayerNormPlacement.deepnorm):
         return [loss]
     return [replace(norm_operation(model, sizes), name="final norm"), loss]

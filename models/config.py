@@ -53,11 +53,11 @@ class InitMethod(Enum):
 class ModelConfig:
     """A decoder-only transformer language model, dense or with experts (`moe`)."""
 
-    name: str
-    num_layers: int
-    hidden_size: int
-    ffn_hidden_size: int
-    num_attention_heads: int
+    name: str  # in logs, run records and the default run_dir
+    num_layers: int  # transformer layers, each attention and feed-forward
+    hidden_size: int  # width of the residual stream
+    ffn_hidden_size: int  # inner width of a feed-forward
+    num_attention_heads: int  # query heads of a layer
     num_query_groups: int | None = None  # None: as many as heads (multi-head attention)
     kv_channels: int | None = None  # width of one head; None: hidden_size / num_attention_heads
     max_position_embeddings: int = 2048  # longest sequence the model may be trained on, in tokens
@@ -65,16 +65,17 @@ class ModelConfig:
     # the embedding is padded up to a multiple of this; independent of the layout on purpose
     make_vocab_size_divisible_by: int = 128
     layer_norm_placement: LayerNormPlacement = LayerNormPlacement.sub_ln
-    normalization: Normalization = Normalization.layer_norm
-    layernorm_epsilon: float = 1e-5
+    normalization: Normalization = Normalization.layer_norm  # the kind of norm
+    layernorm_epsilon: float = 1e-5  # added to the variance
+    # how attention learns of positions
     position_embedding_type: PositionEmbedding = PositionEmbedding.xpos
-    rotary_base: float = 10000.0
-    xpos_scale_base: float = 512.0
-    activation: Activation = Activation.gelu
-    add_bias_linear: bool = True
-    share_embeddings_and_output_weights: bool = True
-    hidden_dropout: float = 0.0
-    attention_dropout: float = 0.0
+    rotary_base: float = 10000.0  # of the angles of xpos and rope
+    xpos_scale_base: float = 512.0  # tokens; the larger, the slower attention decays with distance
+    activation: Activation = Activation.gelu  # of the feed-forwards; swiglu has a third matrix
+    add_bias_linear: bool = True  # biases in all linear layers
+    share_embeddings_and_output_weights: bool = True  # one matrix for both (tied)
+    hidden_dropout: float = 0.0  # share of sublayer outputs set to 0 in training
+    attention_dropout: float = 0.0  # share of attention weights set to 0 in training
     init_method: InitMethod = InitMethod.xavier_normal
     init_method_std: float = 0.02  # only with init_method=normal
     moe: MoEConfig = field(default_factory=MoEConfig)

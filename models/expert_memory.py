@@ -3,6 +3,8 @@
 Letters and units are those of that module. Imports neither torch nor megatron-core.
 """
 
+from dataclasses import replace
+
 from models.activation_memory import Operation, Sizes, feed_forward_operations
 from models.config import Activation, LayerNormPlacement, ModelConfig
 from models.moe_config import RouterType
@@ -20,8 +22,8 @@ def sparse_operations(
     if width := model.moe.shared_expert_intermediate_size:
         # linear_fc1 keeps the same input as the router
         fc1, *rest = feed_forward_operations(model, parallel, sizes, width)
-        found += [Operation(fc1.name, 0, fc1.backward, fc1.forward), *rest]
-    return [Operation(f"sparse {op.name}", op.kept, op.backward, op.forward) for op in found]
+        found += [replace(fc1, kept=0), *rest]
+    return [replace(op, name=f"sparse {op.name}") for op in found]
 
 
 def _router(model: ModelConfig, sizes: Sizes) -> Operation:
@@ -47,7 +49,7 @@ def _experts(model: ModelConfig, parallel: ParallelConfig, sizes: Sizes) -> list
     stacked = moe.sparse_after_layer > 0
     wide, whole = e * rows * n, e * rows * h
     here = moe.num_experts // parallel.expert_model_parallel_size
-    weights = here * (g + 1) * n * h * e
+    matrices = (here * g * n * h, here * n * h)
     block = rows  # worked off together; of an expert with the even share, on a CPU
     if sizes.on_cpu and parallel.expert_tensor_parallel_size == 1:
         block = min(-(-rows // here), max(64, BLOCK_ELEMENTS_CPU // n))
@@ -62,9 +64,12 @@ def _experts(model: ModelConfig, parallel: ParallelConfig, sizes: Sizes) -> list
     if sizes.dispatched:
         order = Operation("dispatch", 8 * rows, 3 * whole + 2 * sizes.stream)
     kept = whole + g * wide + (2 * whole if stacked else whole + 4 * rows)
-    # with the gradients of all rows' outputs and inputs; at the end those of both weights
-    backward = sizes.stream + 2 * whole + max(inside, of_block + weights)
+    # with the gradients of all rows' outputs and inputs; at the end those of both weights, or all
+    # the way where they have no buffer to go to
+    backward = sizes.stream + 2 * whole + max(inside, of_block + e * sum(matrices))
+    if not sizes.fused:
+        backward = sizes.stream + 2 * whole + inside + 4 * sum(matrices)
     if moe.shared_expert_intermediate_size:
         backward += sizes.stream  # its gradient of the hidden states waits to be added
-    experts = Operation("experts", kept, backward, forward=2 * whole + e * block * n)
+    experts = Operation("experts", kept, backward, 2 * whole + e * block * n, matrices)
     return [order, *[experts] * (moe.stacked_sublayers if stacked else 1)]

@@ -16,8 +16,9 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from models.config import ModelConfig, PositionEmbedding
+from models.config import LayerNormPlacement, ModelConfig, PositionEmbedding
 from models.initialize import EMBEDDING
+from models.moe_config import RouterType
 
 OUTPUT = "output_layer.weight"
 
@@ -50,7 +51,7 @@ def recipes(
     """
     if origin is Origin.torchscale:
         return {name: _torchscale(name, model, theirs) for name in ours}
-    turn = model.position_embedding_type is not PositionEmbedding.none and not rotary_interleaved
+    turn = model.position_embedding_type is PositionEmbedding.rope and not rotary_interleaved
     return {name: _megatron(name, model, theirs, turn) for name in ours}
 
 
@@ -111,6 +112,29 @@ _MEGATRON_FUSED = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
     "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
 }
+
+
+def not_of_megatron(model: ModelConfig) -> list[str]:
+    """Settings of `model` that no model of Megatron-LM has, a line each.
+
+    Names and shapes do not show them: what another placement or xPos lacks, or has in another order
+    of rows, would be made up without a word.
+    """
+    choices: dict[str, tuple[Enum, tuple[Enum, ...]]] = {
+        "layer_norm_placement": (model.layer_norm_placement, (LayerNormPlacement.pre_ln,)),
+        "position_embedding_type": (
+            model.position_embedding_type,
+            (PositionEmbedding.rope, PositionEmbedding.none),
+        ),
+    }
+    if model.moe.num_experts:
+        choices["moe.router"] = (model.moe.router, (RouterType.linear, RouterType.aux_free))
+    return [
+        f"model.{name}={ours.value}, which Megatron-LM does not have; set model.{name}="
+        + " or ".join(one.value for one in theirs)
+        for name, (ours, theirs) in choices.items()
+        if ours not in theirs
+    ]
 
 
 def _megatron(name: str, model: ModelConfig, theirs: Collection[str], turn: bool) -> Recipe:

@@ -23,6 +23,9 @@ What is predicted is the peak of torch's allocator, `torch.cuda.max_memory_alloc
 also holds what torch does not count: the CUDA context, NCCL's buffers, and what the allocator
 reserved and cannot use. Evaluation, anomaly reports and other things at intervals are left out.
 
+So it is with engine=megatron; what engine=deepspeed holds instead of parameters, gradients and
+optimizer as above stands in models/deepspeed_memory.py.
+
 Imports neither torch nor megatron-core.
 """
 
@@ -31,9 +34,11 @@ from dataclasses import dataclass
 
 from models.activation_memory import Sizes
 from models.config import ModelConfig, PositionEmbedding
+from models.deepspeed_memory import Trained, buffers_of, peak_of_step
 from models.parameter_count import padded_rows, parameters_on_rank
 from models.stage_memory import chunk_operations, walk
 from parallel.config import ParallelConfig, Precision
+from parallel.deepspeed_config import DeepSpeedConfig
 from parallel.pipeline_order import in_flight, passes
 from parallel.rank_layout import RankLayout
 
@@ -54,6 +59,7 @@ class StageMemory:
     other: int
     in_flight: int  # model chunks' forward passes that wait for their backward pass, at most
     moment: str  # where in a step most is in use
+    host: int = 0  # in the host's memory, in no sum: what is offloaded
 
     @property
     def total(self) -> int:
@@ -68,9 +74,10 @@ class StageMemory:
     def describe(self) -> str:
         """One line for the log."""
         parts = ", ".join(f"{part} {readable(getattr(self, part))}" for part in PARTS)
+        host = f"; {readable(self.host)} of host memory offloaded" if self.host else ""
         return (
             f"memory: {readable(self.total)} of torch's allocator predicted for a rank of stage "
-            f"{self.stage} ({parts}; most in the {self.moment})"
+            f"{self.stage} ({parts}; most in the {self.moment}){host}"
         )
 
 
@@ -98,6 +105,8 @@ class MemoryPrediction:
             row = " ".join(f"{readable(getattr(stage, part)):>10}" for stage in self.stages)
             found.append(f"{part:<16} {row}")
         peak = self.peak
+        if peak.host:
+            found.append(f"on the host, offloaded: {readable(peak.host)} of a rank")
         return [*found, f"most on stage {peak.stage}, in the {peak.moment}"]
 
 
@@ -123,11 +132,12 @@ def predict_memory(
     expert_load: float = 1.0,
     resets_attention: bool = False,
     resets_positions: bool = False,
+    deepspeed: DeepSpeedConfig | None = None,
 ) -> MemoryPrediction:
     """What each rank takes at most in a training step; see the module's docstring.
 
     Args:
-        world_size: processes; sizes must divide as `pretrain.config.validate` checks.
+        world_size: processes; sizes must divide as `pretrain.config_rules.validate` checks.
         seq_length: tokens of a sequence. micro_batch_size: sequences of a forward pass.
         micro_batches: forward passes of a data-parallel rank in a step.
         vocab_size: the tokenizer's; None takes `model.vocab_size`.
@@ -137,6 +147,7 @@ def predict_memory(
         resets_attention: it stops at the borders of documents. What comes out is for 16-bit types
             on a GPU; in fp32 the [s, s] mask comes on top, which is left out.
         resets_positions: they count from each document's first token.
+        deepspeed: with engine=deepspeed its settings; None: engine=megatron.
 
     Raises ValueError for another device and without a vocabulary.
     """
@@ -157,9 +168,11 @@ def predict_memory(
             expert_load=expert_load,
             resets_attention=resets_attention,
             resets_positions=resets_positions,
+            fused=deepspeed is None,
         ),
         micro_batches,
         vocab_size,
+        deepspeed,
     )
     return MemoryPrediction(tuple(map(job.stage, range(layout.sizes.pp))), layout)
 
@@ -187,13 +200,16 @@ class _Job:
     sizes: Sizes
     micro_batches: int
     vocab_size: int | None
+    deepspeed: DeepSpeedConfig | None
 
     def stage(self, stage: int) -> StageMemory:
+        if self.deepspeed is not None:
+            return self._under_deepspeed(self.deepspeed)
         pipeline = self._pipeline(stage)
         moment = walk(
             passes(*pipeline), chunk_operations(self.model, self.parallel, self.sizes, stage)
         )
-        weights, gradients, optimizer = self._trained(stage)
+        weights, gradients, optimizer = self._with_megatron(self._trained(stage))
         return StageMemory(
             stage=stage,
             parameters=weights,
@@ -206,39 +222,73 @@ class _Job:
             moment=moment.name,
         )
 
+    def _under_deepspeed(self, deepspeed: DeepSpeedConfig) -> StageMemory:
+        """Of the only stage there is."""
+        (operations,) = chunk_operations(self.model, self.parallel, self.sizes, 0).values()
+        buffers = buffers_of(
+            deepspeed,
+            self._trained(0),
+            operations,
+            element=self.sizes.element,
+            on_cpu=self.sizes.on_cpu,
+            micro_batches=self.micro_batches,
+        )
+        peak = peak_of_step(buffers, operations, self.micro_batches)
+        return StageMemory(
+            stage=0,
+            parameters=buffers.parameters + peak.gathered,
+            gradients=buffers.gradients + peak.gradients,
+            optimizer=buffers.optimizer,
+            activations=peak.moment.kept,
+            temporary=peak.moment.running,
+            other=self._other(0),
+            in_flight=1,
+            moment=peak.moment.name,
+            host=buffers.host,
+        )
+
     def _pipeline(self, stage: int) -> tuple[int, int, int, int]:
         """What parallel.pipeline_order asks for, with no more micro-batches than it takes to see
         the warm-up, some steady passes and the end: all steady ones are alike."""
         stages, chunks = self.layout.sizes.pp, self.parallel.virtual_pipeline_model_parallel_size
         return stage, stages, chunks, min(self.micro_batches, 4 * stages * chunks)
 
-    def _trained(self, stage: int) -> tuple[int, int, int]:
-        """Bytes of parameters, of their gradients and of what the optimizer holds for them."""
-        parallel, layout, e = self.parallel, self.layout, self.sizes.element
+    def _trained(self, stage: int) -> Trained:
+        layout = self.layout
         count = parameters_on_rank(
             self.model,
             self.vocab_size,
             tensor_model_parallel_size=layout.tensor_model_parallel_size,
             pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
             pipeline_rank=stage,
-            virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+            virtual_pipeline_model_parallel_size=self.parallel.virtual_pipeline_model_parallel_size,
             expert_model_parallel_size=layout.expert_model_parallel_size,
             expert_tensor_parallel_size=layout.expert_tensor_parallel_size,
         )
-        dense = count.total - count.experts - count.routers
-        replicas = layout.data_parallel_size * layout.context_parallel_size
+        return Trained(
+            dense=count.total - count.experts - count.routers,
+            routers=count.routers,
+            experts=count.experts,
+            frozen=self.model.moe.freeze_routing,
+            replicas=layout.data_parallel_size * layout.context_parallel_size,
+            expert_replicas=layout.expert_data_parallel_size,
+        )
+
+    def _with_megatron(self, trained: Trained) -> tuple[int, int, int]:
+        """Bytes of parameters, of their gradients and of what the optimizer holds for them."""
+        parallel, e, replicas = self.parallel, self.sizes.element, trained.replicas
         # elements, bytes of one, ranks that share them out
         buffers = [
-            (dense, e, replicas),
-            (count.routers, 4, replicas),
-            (count.experts, e, layout.expert_data_parallel_size),
+            (trained.dense, e, replicas),
+            (trained.routers, 4, replicas),
+            (trained.experts, e, trained.expert_replicas),
         ]
         if e == 4:
-            buffers[:2] = [(dense + count.routers, 4, replicas)]
+            buffers[:2] = [(trained.dense + trained.routers, 4, replicas)]
         frozen = 0
-        if self.model.moe.freeze_routing:
-            frozen = 4 * count.routers + e * count.experts
-            buffers = [(dense, e, replicas)]
+        if trained.frozen:
+            frozen = 4 * trained.routers + e * trained.experts
+            buffers = [(trained.dense, e, replicas)]
         weights = gradients = optimizer = 0
         for elements, element, ranks in buffers:
             share = elements
@@ -284,6 +334,7 @@ def _sizes(
     expert_load: float,
     resets_attention: bool,
     resets_positions: bool,
+    fused: bool,
 ) -> Sizes:
     tensor, context = parallel.tensor_model_parallel_size, parallel.context_parallel_size
     bf16 = parallel.precision is Precision.bf16
@@ -312,4 +363,5 @@ def _sizes(
         sequence_parallel=parallel.sequence_parallel,
         resets_attention=resets_attention,
         resets_positions=resets_positions,
+        fused=fused,
     )

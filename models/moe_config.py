@@ -58,7 +58,7 @@ class SecondExpertPolicy(Enum):
 class MoEConfig:
     """Sparsely activated feed-forward layers; `num_experts=0` is a dense model."""
 
-    num_experts: int = 0
+    num_experts: int = 0  # of each sparse layer; 0: a dense model
     # layer i, counted from 0, is sparse where (i + 1) is a multiple of this
     layer_freq: int = 2
     # X-MoE's placement instead (arXiv 2204.09179 section 4.1): every layer stays dense, and one
@@ -89,8 +89,9 @@ class MoEConfig:
     token_drop_policy: TokenDropPolicy = TokenDropPolicy.probs
     # TorchScale's own, under its names without "moe_"
     second_expert_policy: SecondExpertPolicy = SecondExpertPolicy.random
+    # the two gates sum to 1 before experts that are full drop tokens; false: after
     normalize_gate_prob_before_dropping: bool = True
-    eval_capacity_token_fraction: float = 0.25
+    eval_capacity_token_fraction: float = 0.25  # of the tokens; an expert's room in evaluation
 
     @property
     def temperature(self) -> float:

@@ -78,7 +78,7 @@ def parameters_on_rank(
     and biases and the routers whole. Experts are split over expert_model_parallel_size x
     expert_tensor_parallel_size ranks. With a shared embedding the last stage holds a second copy of
     it where there is more than one stage. The sizes must divide what they split, as
-    `pretrain.config.validate` checks.
+    `pretrain.config_rules.validate` checks.
     """
     rows = padded_rows(config, vocab_size)
     stages = pipeline_model_parallel_size

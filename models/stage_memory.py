@@ -62,7 +62,7 @@ def chunk_operations(
             [_layer_operations(model, parallel, sizes, layer) for layer in layers], parallel, sizes
         )
         if stage == 0 and chunk == 0:
-            operations.insert(0, embedding_operation(model, sizes))
+            operations.insert(0, embedding_operation(model, sizes, alone=stages == 1))
         if stage == stages - 1 and chunk == count - 1:
             operations += loss_operations(model, sizes, alone=stages == 1)
         elif count > 1 and sizes.on_cpu:
@@ -98,7 +98,8 @@ def _recomputed(operations: Sequence[Operation], sizes: Sizes) -> Operation:
     first, last = operations[0].name.split("'")[0], operations[-1].name.split("'")[0]
     alone = max(operation.kept + operation.forward for operation in operations)
     name = first if first == last else f"{first} to {last.removeprefix('layer ')}"
-    return Operation(name, sizes.stream, backward=again.total, forward=sizes.stream + alone)
+    matrices = tuple(size for operation in operations for size in operation.matrices)
+    return Operation(name, sizes.stream, again.total, sizes.stream + alone, matrices)
 
 
 def _group_layers(

@@ -24,6 +24,7 @@ from parallel import failure_watch, optimizer_state
 from parallel.checkpoint_load import reading_directly
 from parallel.checkpoint_manifest import NAME as MANIFEST_NAME
 from parallel.checkpoint_manifest import Entry, read_manifest, verify
+from parallel.checkpoint_plan import Plans
 from parallel.checkpoint_reader import CheckpointReader
 from parallel.checkpoint_save import (
     FORMAT_NAME,
@@ -65,6 +66,7 @@ def start_save(
     metadata: dict[str, Any],
     memory: HostMemory | None,
     checksums: bool = True,
+    plans: Plans | None = None,
     validate: bool = True,
     when_published: Callable[[], None] | None = None,
     may_publish: Callable[[], bool] = lambda: True,
@@ -79,6 +81,8 @@ def start_save(
         memory: the state is copied there and may change as soon as this returns. None: it is
             written from where it is, and must not change before the save is done.
         checksums: take checksums for the manifest.
+        plans: knows the plan of the last save, which costs as much as many copies; None: the save
+            is planned anew.
         validate: see that each part of each tensor is written by exactly one rank; once is enough
             for a state that changes in nothing but values.
         when_published: called on rank 0, in the thread that writes, as soon as the folder is there.
@@ -107,6 +111,7 @@ def start_save(
             metadata=stored,
             memory=memory,
             checksums=checksums,
+            plans=plans,
             validate=validate,
         ),
         f"plan {partial}",
@@ -198,7 +203,8 @@ def _shapes_on_all_ranks(state: Any) -> dict[str, tuple[int, ...]]:
 
 
 def _shapes_stored(folder: Path) -> dict[str, tuple[int, ...]]:
-    return _shapes(dist_checkpointing.serialization.load_sharded_metadata(str(folder)))
+    with reading_directly(folder):
+        return _shapes(dist_checkpointing.serialization.load_sharded_metadata(str(folder)))
 
 
 def _differences(
@@ -228,10 +234,17 @@ def _few(names: list[str], at_most: int = 5) -> str:
 
 
 def load_plain_values(folder: Path) -> dict[str, Any]:
-    """The values that are not sharded (step counters, settings), without any tensor."""
+    """The values that are not sharded (step counters, settings), without any tensor.
+
+    Raises CheckpointError where they cannot be read, or loading them could run a program (nothing
+    of it was executed).
+    """
     if not is_complete(folder):
         raise CheckpointError(f"{folder} is not a complete checkpoint")
-    return dist_checkpointing.load_common_state_dict(str(folder))
+    try:
+        return CheckpointReader(folder).plain
+    except ValueError as error:
+        raise CheckpointError(f"could not read {folder}: {error}") from error
 
 
 def is_complete(folder: Path) -> bool:

@@ -5,32 +5,50 @@ is moved twice, the first time into memory that the kernel hands out zeroed. Her
 file go where they belong, with a thread for each file. Of a file that one rank wants as a whole the
 checksum is taken on the way: it is read once, and what was compared is what was loaded.
 
-What does not lie in a file as it is wanted (another type, another device, a block that is no single
-stretch of bytes) goes through a tensor of its own. A piece in a form that torch.save does not
-write today is left to torch's reader.
+A block that is a single stretch of its piece's bytes (rows, or the whole) is read by itself. Of a
+piece that any other block is wanted of (columns) all bytes are read, once for all blocks together,
+and the blocks are copied out of them: each rank that shares a piece by columns reads the whole of
+it. What has another type or lies on another device goes through a tensor of its own as well.
+
+Each piece must have the shape and the type that the index gives it. One in a form that torch.save
+does not write today is left to torch's reader, which trusts it no more than we do.
+
+torch would also run the pickles of the index and of values that are no tensors. Here they are read
+by `parallel.safe_pickle`, on every rank, and the bytes that were looked at are those that are used.
 """
 
 from __future__ import annotations
 
+import io
 import os
+import sys
 import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from io import FileIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
 from parallel.checkpoint_manifest import Entry, Progress, entry_of, in_threads
-from parallel.checkpoint_reader import CheckpointFormatError, CheckpointReader, Piece
+from parallel.checkpoint_reader import (
+    INDEX_NAMES,
+    Box,
+    CheckpointFormatError,
+    CheckpointReader,
+    Piece,
+    Values,
+)
 from parallel.checkpoint_save import Background
 from parallel.progress_beacon import beacon
 
@@ -45,21 +63,44 @@ _NEARLY_ALL = 0.9
 
 @contextmanager
 def reading_directly(folder: Path, search: DamageSearch | None = None) -> Iterator[None]:
-    """torch's distributed checkpointing reads tensors as described above, while this lasts.
+    """torch's distributed checkpointing reads as described above, while this lasts.
 
     search: is told of the files whose checksums are taken on the way, and begins with the others.
     """
-    original = FileSystemReader.read_data
+    original, originally_index = FileSystemReader.read_data, FileSystemReader.read_metadata
 
     def read_data(self: FileSystemReader, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         left = _read(self, plan, planner, CheckpointReader(folder), search)
         return original(self, replace(plan, items=left), planner)
 
+    def read_metadata(self: FileSystemReader, *_: Any, **__: Any) -> Metadata:
+        index = _torchs_index(CheckpointReader(folder))
+        index.storage_meta = index.storage_meta or StorageMeta()
+        index.storage_meta.load_id = self.load_id
+        return index
+
     FileSystemReader.read_data = read_data  # type: ignore[method-assign]
+    FileSystemReader.read_metadata = read_metadata  # type: ignore[method-assign]
     try:
         yield
     finally:
         FileSystemReader.read_data = original  # type: ignore[method-assign]
+        FileSystemReader.read_metadata = originally_index  # type: ignore[method-assign]
+
+
+def _torchs_index(reader: CheckpointReader) -> Metadata:
+    """With the classes that torch and megatron-core expect in it, whose constructors are all that
+    is executed. What is not imported here has no business in it."""
+    classes = {}
+    for name in INDEX_NAMES:
+        module, _, last = name.rpartition(".")
+        module = "pathlib" if module == "pathlib._local" else module  # written by Python 3.13
+        if hasattr(sys.modules.get(module), last):
+            classes[name] = getattr(sys.modules[module], last)
+    index = reader.unpickled_index(classes)
+    if not isinstance(index, Metadata):
+        raise CheckpointFormatError(f"{reader.folder} is damaged: its index is none")
+    return index
 
 
 @dataclass(frozen=True)
@@ -79,14 +120,16 @@ def _read(
     search: DamageSearch | None,
 ) -> list[ReadItem]:
     """Fill the planner's tensors; returns what is left to torch."""
+    index = _Index(cast(Metadata, cast(DefaultLoadPlanner, planner).metadata))
     left: list[ReadItem] = []
     wishes: defaultdict[str, list[_Wish]] = defaultdict(list)
     for item in plan.items:
         if item.type is LoadItemType.BYTE_IO:
-            left.append(item)
+            content = reader.read_object(item.storage_index.fqn)
+            planner.load_bytes(item, io.BytesIO(content))
             continue
         stored = torchs.storage_data[item.storage_index]
-        piece = Piece(((), ()), stored.relative_path, stored.offset, stored.length)
+        piece = Piece(index.box(item), stored.relative_path, stored.offset, stored.length)
         target = planner.resolve_tensor(item).detach()
         wishes[piece.file].append(_Wish(item, piece, target))
     through: set[str] = set()
@@ -94,14 +137,18 @@ def _read(
         through = search.leave_to_loader(_wanted_as_a_whole(reader, wishes))
 
     def read(file: str) -> list[ReadItem]:
+        by_piece: defaultdict[Piece, list[_Wish]] = defaultdict(list)
+        for wish in wishes[file]:
+            by_piece[wish.piece].append(wish)
         stretches: list[_Stretch] = []
         unknown: list[ReadItem] = []
-        for wish in wishes[file]:
-            stretch = _stretch(reader, wish)
-            if stretch is None:
-                unknown.append(wish.item)
+        for piece, wanted in by_piece.items():
+            values = reader.values(piece)
+            if values is None:
+                unknown += [wish.item for wish in wanted]
             else:
-                stretches.append(stretch)
+                index.check(reader.folder, wanted[0], values)
+                stretches += _stretches(values, wanted)
         entry = _read_file(reader.folder / file, stretches, through=file in through)
         if search is not None and entry is not None:
             search.found(file, entry)
@@ -128,24 +175,49 @@ def _wanted_as_a_whole(reader: CheckpointReader, wishes: dict[str, list[_Wish]])
     return names
 
 
+class _Index:
+    """What the checkpoint's index says of its pieces."""
+
+    def __init__(self, metadata: Metadata) -> None:
+        self._entries = metadata.state_dict_metadata
+        self._sizes: dict[str, dict[tuple[int, ...], tuple[int, ...]]] = {}
+
+    def box(self, item: ReadItem) -> Box:
+        """Of the piece that `item` is cut out of."""
+        name, offset = item.storage_index.fqn, tuple(item.storage_index.offset or ())
+        if name not in self._sizes:
+            chunks = cast(TensorStorageMetadata, self._entries[name]).chunks
+            self._sizes[name] = {tuple(chunk.offsets): tuple(chunk.sizes) for chunk in chunks}
+        return offset, self._sizes[name][offset]
+
+    def check(self, folder: Path, wish: _Wish, values: Values) -> None:
+        """Raises CheckpointFormatError where a piece's shape or type is another one."""
+        name = wish.item.storage_index.fqn
+        dtype = cast(TensorStorageMetadata, self._entries[name]).properties.dtype
+        expected = f"{dtype} {list(wish.piece.box[1])}".removeprefix("torch.")
+        found = f"{values.dtype} {list(values.shape)}"
+        if found != expected:
+            raise CheckpointFormatError(
+                f"{folder / wish.piece.file} is damaged where {name} lies: its piece at "
+                f"{list(wish.piece.box[0])} should be {expected}, by the index, and is {found}"
+            )
+
+
 @dataclass(frozen=True)
 class _Stretch:
-    """Bytes of a file that hold a block, or the piece that it is cut out of."""
+    """Bytes of a file that hold a block, or a piece that blocks are cut out of."""
 
     begin: int
     shape: tuple[int, ...]
     dtype: torch.dtype
-    wish: _Wish
     cut: bool
-
-    @property
-    def bytes(self) -> int:
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
+    wishes: list[_Wish] = field(default_factory=list)
 
     def read_with(self, reader: _FileReader) -> None:
-        target = self.wish.target
+        target = self.wishes[0].target
         if (
             not self.cut
+            and len(self.wishes) == 1
             and target.device.type == "cpu"
             and target.dtype == self.dtype
             and target.is_contiguous()
@@ -154,35 +226,27 @@ class _Stretch:
             return
         values = torch.empty(self.shape, dtype=self.dtype)
         reader.fill(_memory(values))
-        if self.cut:
-            item = self.wish.item
-            values = narrow_tensor_by_index(values, item.storage_offsets, item.lengths)
-        target.copy_(values)
+        for wish in self.wishes:
+            wish.target.copy_(_block(values, wish.item) if self.cut else values)
 
 
-def _stretch(reader: CheckpointReader, wish: _Wish) -> _Stretch | None:
-    """Where the block lies; None for a piece in another form than torch.save's of a plain tensor.
-
-    Raises CheckpointFormatError where the piece does not contain it.
-    """
-    values = reader.values(wish.piece)
-    if values is None:
-        return None
-    dtype, item = getattr(torch, values.dtype), wish.item
-    ends = [a + n for a, n in zip(item.storage_offsets, item.lengths, strict=True)]
-    if len(ends) != len(values.shape) or any(
-        end > size for end, size in zip(ends, values.shape, strict=True)
-    ):
-        raise CheckpointFormatError(
-            f"{reader.folder / wish.piece.file} is damaged: a piece of {item.storage_index.fqn} "
-            f"should reach to {ends}, and has the shape {list(values.shape)}"
-        )
+def _stretches(values: Values, wishes: list[_Wish]) -> list[_Stretch]:
+    """What has to be read of a piece for these blocks of it."""
+    dtype = getattr(torch, values.dtype)
     whole = torch.empty(values.shape, dtype=dtype, device="meta")
-    block = narrow_tensor_by_index(whole, item.storage_offsets, item.lengths)
-    if not block.is_contiguous():
-        return _Stretch(values.first, values.shape, dtype, wish, cut=True)
-    begin = values.first + block.storage_offset() * dtype.itemsize
-    return _Stretch(begin, tuple(block.shape), dtype, wish, cut=False)
+    blocks = [_block(whole, wish.item) for wish in wishes]
+    if not all(block.is_contiguous() for block in blocks):
+        return [_Stretch(values.first, values.shape, dtype, cut=True, wishes=wishes)]
+    found: dict[tuple[int, tuple[int, ...]], _Stretch] = {}
+    for wish, block in zip(wishes, blocks, strict=True):
+        begin = values.first + block.storage_offset() * dtype.itemsize
+        place = begin, tuple(block.shape)
+        found.setdefault(place, _Stretch(*place, dtype, cut=False)).wishes.append(wish)
+    return list(found.values())
+
+
+def _block(piece: Tensor, item: ReadItem) -> Tensor:
+    return narrow_tensor_by_index(piece, item.storage_offsets, item.lengths)
 
 
 def _memory(tensor: Tensor) -> memoryview:
@@ -199,7 +263,7 @@ def _read_file(path: Path, stretches: Iterable[_Stretch], *, through: bool) -> E
         reader = _FileReader(path, file, checksum=True)
         again = []
         for stretch in sorted(stretches, key=lambda stretch: stretch.begin):
-            if stretch.begin < reader.at:  # wanted twice
+            if stretch.begin < reader.at:  # blocks that overlap
                 again.append(stretch)
                 continue
             reader.skip(stretch.begin - reader.at)

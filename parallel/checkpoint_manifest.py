@@ -37,6 +37,9 @@ _THREADS = 4
 # Written bytes are brought to the disk in parts of so many: the count of them then says how far
 # the disk is, and the last part does not take minutes.
 _SYNC_BYTES = 1 << 30
+# The kernel is asked to begin with the disk after so many; by itself it would collect pages first,
+# while the disk has nothing to do (measured: two thirds of the time for 0.8 GB).
+_HAND_OVER_BYTES = 32 << 20
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -73,6 +76,7 @@ class ChecksummedFile:
         self._checksum: int | None = 0 if checksums else None
         self._bytes = 0
         self._unsynced = 0
+        self._handed_over = 0
         self.failure: OSError | None = None  # what `write` raised, if it did
         self._file = open(path, "wb", buffering=1 << 20)  # noqa: SIM115 - closed by close()
 
@@ -89,6 +93,8 @@ class ChecksummedFile:
         self._unsynced += size
         if self._unsynced >= _SYNC_BYTES:
             self._sync()
+        elif self._bytes - self._handed_over >= _HAND_OVER_BYTES:
+            self._hand_over()
         Progress.bytes += size
         return size
 
@@ -114,7 +120,16 @@ class ChecksummedFile:
         except OSError as error:
             self.failure = self._named(error)
             raise self.failure from error
-        self._unsynced = 0
+        self._unsynced, self._handed_over = 0, self._bytes
+
+    def _hand_over(self) -> None:
+        """Have the kernel begin to write, without waiting for it: what Linux makes of the advice
+        that these pages are not needed. Pages that are written by then leave its cache."""
+        first, self._handed_over = self._handed_over, self._bytes
+        with contextlib.suppress(OSError):  # advice: what cannot be written is told by fsync
+            os.posix_fadvise(
+                self._file.fileno(), first, self._bytes - first, os.POSIX_FADV_DONTNEED
+            )
 
     def __enter__(self) -> ChecksummedFile:
         return self

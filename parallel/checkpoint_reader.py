@@ -21,7 +21,7 @@ import re
 import struct
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -291,21 +291,24 @@ class CheckpointReader:
         if not (self.folder / name).is_file():
             raise CheckpointFormatError(f"{self.folder} is damaged: {name} is missing")
 
+    def unpickled_index(self, allowed: Mapping[str, Any]) -> Any:
+        """The index, made of what `allowed` has for `INDEX_NAMES`; raises as the properties."""
+        self._must_exist(INDEX_FILE)
+        try:
+            with open(self._index_path, "rb") as file:
+                return safe_pickle.load(file, str(self._index_path), allowed)
+        except safe_pickle.UnsafePickleError:
+            raise
+        except ValueError as error:
+            raise CheckpointFormatError(str(error)) from error
+
     @property
     def _index_path(self) -> Path:
         return self.folder / INDEX_FILE
 
     @cached_property
     def _index(self) -> dict[str, Any]:
-        self._must_exist(INDEX_FILE)
-        try:
-            with open(self._index_path, "rb") as file:
-                index = safe_pickle.load(file, str(self._index_path), _INDEX_NAMES)
-        except safe_pickle.UnsafePickleError:
-            raise
-        except ValueError as error:
-            raise CheckpointFormatError(str(error)) from error
-        state = getattr(index, "state", None)
+        state = getattr(self.unpickled_index(INDEX_NAMES), "state", None)
         if not isinstance(state, dict) or not {"state_dict_metadata", "storage_data"} <= set(state):
             raise CheckpointFormatError(f"{self._index_path} is damaged: it is no index")
         return state
@@ -392,7 +395,7 @@ def _is_stack(name: str) -> bool:
 
 
 _METADATA = "torch.distributed.checkpoint.metadata"
-_INDEX_NAMES: dict[str, Any] = {
+INDEX_NAMES: dict[str, Any] = {
     **{
         f"{module}.{name}": record_class(f"{module}.{name}")
         for module, names in {

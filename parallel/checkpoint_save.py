@@ -1,6 +1,7 @@
 """Saving a checkpoint by all ranks together, behind the training if need be.
 
-    plan_save           all ranks together   who writes what; copies to host memory; no file
+    plan_save           all ranks together   who writes what (`parallel.checkpoint_plan`); copies
+                                             to host memory; no file
     PendingSave         a thread of each
       Shards.write        ... rank             its files, on the disk
       _publish            ... of rank 0        when all have written: index, manifest, rename
@@ -31,16 +32,16 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, Generic, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StorageInfo, _StoragePrefix
+from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
+from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 
 from parallel import failure_watch
@@ -52,14 +53,8 @@ from parallel.checkpoint_manifest import (
     in_threads,
     write_manifest,
 )
-from parallel.megatron import (
-    CheckpointingConfig,
-    MCoreSavePlanner,
-    mcore_to_pyt_state_dict,
-    save_preprocess,
-    save_state_dict_async_plan,
-    state_by_sharded_keys,
-)
+from parallel.checkpoint_plan import Plans
+from parallel.megatron import CheckpointingConfig, save_preprocess
 from parallel.progress_beacon import beacon
 
 COMMON = "common.pt"
@@ -185,8 +180,7 @@ class Shards:
     checksums: bool
     files: dict[str, list[tuple[WriteItem, Tensor | io.BytesIO]]]
     common: bytes  # of common.pt; empty but on rank 0
-    metadata: Metadata | None  # on rank 0
-    writer: FileSystemWriter  # of the index
+    metadata: Metadata | None  # on rank 0: the index, but for where things lie
 
     def write(self) -> Written:
         """Write this rank's files and bring them to the disk. Any thread may call it.
@@ -222,7 +216,8 @@ class Shards:
         Returns the manifest's entries of all files of the folder.
         """
         assert self.metadata is not None
-        self.writer.finish(self.metadata, [written.results for written in everyone])
+        index = FileSystemWriter(self.folder)
+        index.finish(self.metadata, [written.results for written in everyone])
         entries = {name: entry for written in everyone for name, entry in written.entries.items()}
         entries[METADATA] = file_entry(self.folder / METADATA, checksums=self.checksums)
         content = json.dumps(asdict(CheckpointingConfig("torch_dist", 1))).encode()
@@ -237,6 +232,7 @@ def plan_save(
     metadata: dict[str, Any],
     memory: HostMemory | None,
     checksums: bool,
+    plans: Plans | None = None,
     validate: bool = True,
 ) -> Shards:
     """Decide who writes what of `state`. All ranks must call it; nothing is written yet.
@@ -248,62 +244,27 @@ def plan_save(
         memory: copy the tensors there, so that the training may change them once this returns;
             None: write them from where they are.
         checksums: take checksums while writing.
+        plans: knows the plan of the last save.
         validate: see that each part of each tensor has exactly one rank that writes it; gathers
             what everyone has.
     """
     sharded, common = save_preprocess({**state, "content_metadata": metadata}, validate)
-    by_key, _, _ = state_by_sharded_keys(sharded, True)
-    writer = _PlannedWriter(folder)
-    (_, global_metadata, _), *_ = save_state_dict_async_plan(
-        mcore_to_pyt_state_dict(by_key, False),
-        writer,
-        None,
-        planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
-    )
-    data = writer.data
-    places = [index for index, one in enumerate(data) if isinstance(one, Tensor)]
-    if memory is None and any(data[index].device.type != "cpu" for index in places):
+    plan = (plans or Plans()).plan(sharded)
+    data = list(plan.data)
+    tensors = {index: one for index, one in enumerate(data) if isinstance(one, Tensor)}
+    if memory is None and any(tensor.device.type != "cpu" for tensor in tensors.values()):
         memory = HostMemory()
     if memory is not None:
-        for index, copy in zip(places, memory.copy([data[i] for i in places]), strict=True):
+        for index, copy in zip(tensors, memory.copy(list(tensors.values())), strict=True):
             data[index] = copy
-    if global_metadata is not None:
-        vars(global_metadata).pop("all_local_plans", None)  # megatron-core's cache; nobody reads it
     rank = dist.get_rank()
     return Shards(
         folder,
         checksums,
-        _split(f"__{rank}_", list(zip(writer.items, data, strict=True))),
+        _split(f"__{rank}_", list(zip(plan.items, data, strict=True))),
         _serialised(common) if rank == 0 else b"",
-        global_metadata,
-        writer,
+        plan.metadata,
     )
-
-
-class _PlannedWriter(FileSystemWriter):
-    """Stands where torch's planning expects a writer, and keeps what was planned.
-
-    Unlike its base it makes no folder and looks for no files while ranks are in a collective: one
-    that failed there would leave the others waiting.
-    """
-
-    # each rank names its files by its own number, and only rank 0 has to see everybody's plan
-    can_run_decentralized_global_plan = True
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
-        self.items: list[WriteItem] = []
-        self.data: list[Any] = []
-
-    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        return plan
-
-    def prepare_decentralized_global_plan(self, local_plan: SavePlan) -> SavePlan:
-        return replace(local_plan, storage_data=_StoragePrefix(f"__{dist.get_rank()}_"))
-
-    def prepare_write_data(self, plan: SavePlan, planner: SavePlanner) -> None:
-        self.items = list(plan.items)
-        self.data = [planner.resolve_data(item) for item in plan.items]
 
 
 class PendingSave:

@@ -88,23 +88,23 @@ class ParallelConfig:
     tensor-, context- and pipeline-parallel sizes; likewise the expert-data-parallel size.
     """
 
-    tensor_model_parallel_size: int = 1
-    pipeline_model_parallel_size: int = 1
+    tensor_model_parallel_size: int = 1  # ranks that share each matrix
+    pipeline_model_parallel_size: int = 1  # groups of consecutive layers, one after the other
     # model chunks on each pipeline rank; above 1 selects the interleaved 1F1B schedule
     virtual_pipeline_model_parallel_size: int = 1
-    context_parallel_size: int = 1
+    context_parallel_size: int = 1  # ranks that share each sequence
     cp_comm_type: ContextParallelComm = ContextParallelComm.all_gather
     # Experts are laid out anew over the ranks of a pipeline stage, whatever the tensor, context and
     # data axes do with the dense layers there: expert-tensor x expert-model x expert-data.
     expert_model_parallel_size: int = 1
-    expert_tensor_parallel_size: int = 1
+    expert_tensor_parallel_size: int = 1  # ranks that share each expert's matrices
     moe_token_dispatcher_type: TokenDispatcher = TokenDispatcher.alltoall
     # shard activations outside the tensor-parallel matmuls along the sequence
     sequence_parallel: bool = False
     # ZeRO-1: shard optimizer state over the data-parallel ranks
     use_distributed_optimizer: bool = True
-    overlap_grad_reduce: bool = False
-    overlap_param_gather: bool = False
+    overlap_grad_reduce: bool = False  # reduce gradients while others are computed
+    overlap_param_gather: bool = False  # gather parameters while earlier layers compute
     sub_layernorm_reduction: SubLayerNormReduction = SubLayerNormReduction.folded
     recompute_granularity: RecomputeGranularity = RecomputeGranularity.none
     # layers per recomputed group; only with recompute_granularity=full
@@ -178,10 +178,10 @@ class OptimizerConfig:
     """AdamW (Loshchilov and Hutter 2019); weight decay skips biases and norms."""
 
     lr: float = 1e-3  # peak learning rate
-    weight_decay: float = 0.1
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.98
-    adam_eps: float = 1e-8
+    weight_decay: float = 0.1  # decoupled, times the learning rate
+    adam_beta1: float = 0.9  # of the mean of gradients
+    adam_beta2: float = 0.98  # of the mean of their squares
+    adam_eps: float = 1e-8  # added to the root of the second moment
     clip_grad: float = 1.0  # global gradient norm; 0 switches clipping off
 
     def __post_init__(self) -> None:

@@ -38,6 +38,7 @@ SUBSTITUTIONS: dict[str, str] = {
     "torch.optim.Optimizer": "its methods import torch._dynamo (0.9 s a process) to disable it",
     "torch.compile during import": "about 60 functions are compiled at import (5 s), unused here",
     "wandb during import": "imported by an inference module (2 s) that is not used",
+    "torch.utils.tensorboard during import": "imported by timers (0.1 s) that are not used",
 }
 
 _FACTORIES = (
@@ -87,11 +88,12 @@ def fast_import() -> Iterator[None]:
     """Import megatron-core in a second instead of six to twelve.
 
     Its ~60 module-level ``torch.compile`` calls pull in dynamo and inductor (5 s), an inference
-    module pulls in wandb (2 s). Inside this context ``torch.compile`` compiles at the first call
-    (with CUDA) or not at all (without), and ``import wandb`` fails, which upstream handles.
+    module pulls in wandb (2 s), its timers TensorBoard (0.1 s). Inside this context
+    ``torch.compile`` compiles at the first call (with CUDA) or not at all (without), and importing
+    the other two fails, which upstream handles.
     """
     real_compile = torch.compile
-    wandb_module = sys.modules.get("wandb")
+    kept_out = [name for name in ("wandb", "torch.utils.tensorboard") if name not in sys.modules]
 
     def deferred(function: Callable | None = None, *args: Any, **kwargs: Any) -> Callable:
         if function is None:
@@ -109,14 +111,14 @@ def fast_import() -> Iterator[None]:
         return first_call_compiles
 
     torch.compile = deferred  # type: ignore[assignment]
-    if wandb_module is None:
-        sys.modules["wandb"] = None  # type: ignore[assignment]  # `import wandb` -> ImportError
+    for name in kept_out:
+        sys.modules[name] = None  # type: ignore[assignment]  # importing it -> ImportError
     try:
         yield
     finally:
         torch.compile = real_compile
-        if wandb_module is None:
-            sys.modules.pop("wandb", None)
+        for name in kept_out:
+            sys.modules.pop(name, None)
 
 
 def repair_megatron() -> None:

@@ -9,6 +9,8 @@ matrix products of the plain form and fewer passes over the logits.
 Shapes: t tokens, h hidden size, v vocabulary, P tensor-parallel ranks, c tokens in a chunk.
 """
 
+from dataclasses import dataclass
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -99,53 +101,48 @@ def vocab_parallel_linear_cross_entropy(
         ((loss_mask == 0) | ((labels >= 0) & (labels < vocabulary))).all(),
         f"a label with a non-zero loss_mask is not in the vocabulary of {vocabulary} words",
     )
+    how = _How(tp_group, chunk_tokens, gradient_accumulation_fusion, accumulate_in_forward)
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        return _LinearCrossEntropy.apply(
-            hidden,
-            weight,
-            labels,
-            loss_mask,
-            tp_group,
-            chunk_tokens,
-            gradient_accumulation_fusion,
-            accumulate_in_forward,
-        )
-    loss, _, _ = _chunked_loss(
-        hidden, weight, labels, loss_mask, tp_group, chunk_tokens, False, False, None
-    )
-    return torch.dot(loss, loss_mask.float()), loss
+        return _LinearCrossEntropy.apply(hidden, weight, labels, loss_mask, how)
+    found = _ChunkedLoss(hidden, weight, labels, loss_mask, how)
+    found.run()
+    return torch.dot(found.loss, loss_mask.float()), found.loss
+
+
+@dataclass(frozen=True)
+class _How:
+    """The arguments of `vocab_parallel_linear_cross_entropy` behind the tensors."""
+
+    tp_group: dist.ProcessGroup | None
+    chunk_tokens: int
+    gradient_accumulation_fusion: bool
+    accumulate_in_forward: bool
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[no-untyped-def]
-        ctx,
-        hidden,
-        weight,
-        labels,
-        loss_mask,
-        tp_group,
-        chunk_tokens,
-        gradient_accumulation_fusion,
-        accumulate_in_forward,
-    ):
+    def forward(ctx, hidden, weight, labels, loss_mask, how):  # type: ignore[no-untyped-def]
         needs_grad_hidden, needs_grad_weight = ctx.needs_input_grad[:2]
-        ctx.main_grad = fused_main_grad(weight, gradient_accumulation_fusion)
-        ctx.accumulated = needs_grad_weight and accumulate_in_forward and ctx.main_grad is not None
-        loss, grad_hidden, grad_weight = _chunked_loss(
+        ctx.main_grad = fused_main_grad(weight, how.gradient_accumulation_fusion)
+        ctx.accumulated = (
+            needs_grad_weight and how.accumulate_in_forward and ctx.main_grad is not None
+        )
+        found = _ChunkedLoss(
             hidden,
             weight,
             labels,
             loss_mask,
-            tp_group,
-            chunk_tokens,
-            needs_grad_hidden,
-            needs_grad_weight,
-            ctx.main_grad if ctx.accumulated else None,
+            how,
+            needs_grad_hidden=needs_grad_hidden,
+            needs_grad_weight=needs_grad_weight,
+            main_grad=ctx.main_grad if ctx.accumulated else None,
         )
-        ctx.save_for_backward(weight, grad_hidden, None if ctx.accumulated else grad_weight)
-        ctx.mark_non_differentiable(loss)
-        return torch.dot(loss, loss_mask.float()), loss
+        found.run()
+        ctx.save_for_backward(
+            weight, found.grad_hidden, None if ctx.accumulated else found.grad_weight
+        )
+        ctx.mark_non_differentiable(found.loss)
+        return torch.dot(found.loss, loss_mask.float()), found.loss
 
     @staticmethod
     @once_differentiable
@@ -157,7 +154,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 "accumulate_in_forward=True, but the gradient of loss_sum is not 1; change one of "
                 "them, for main_grad holds what belongs to a gradient of 1",
             )
-            return grad_hidden, gradient_placeholder(weight), *(None,) * 6
+            return grad_hidden, gradient_placeholder(weight), None, None, None
         # Reading the factor off a GPU would wait for it; on the CPU it is free and mostly 1.
         factor = grad_loss_sum if grad_loss_sum.is_cuda else grad_loss_sum.item()
         scaled = not (isinstance(factor, float) and factor == 1.0)
@@ -171,89 +168,125 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_weight = gradient_placeholder(weight)
         elif grad_weight is not None:
             grad_weight = (grad_weight * factor if scaled else grad_weight).to(weight.dtype)
-        return grad_hidden, grad_weight, *(None,) * 6
+        return grad_hidden, grad_weight, None, None, None
 
 
-def _chunked_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    loss_mask: Tensor,
-    tp_group: dist.ProcessGroup | None,
-    chunk_tokens: int,
-    needs_grad_hidden: bool,
-    needs_grad_weight: bool,
-    main_grad: Tensor | None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Per-token loss [t] and the gradients of the masked sum: hidden's [t, h], weight's in fp32.
+class _ChunkedLoss:
+    """Per-token loss and the gradients of the masked sum; `run` makes them, chunk by chunk.
 
-    The weight's is added to `main_grad` if there is one, which is then what is returned for it.
+    loss: [t] fp32. grad_hidden: [t, h]; None: not wanted. grad_weight: [v/P, h] in fp32, or
+    `main_grad` where there is one, to which it is added; None: not wanted.
     """
-    t, shard = hidden.shape[0], weight.shape[0]
-    chunk_tokens = min(chunk_tokens, max(t, 1))
-    first_word = 0 if tp_group is None else tp_group.rank() * shard
-    loss_mask = loss_mask.float()
-    loss = torch.empty(t, dtype=torch.float32, device=hidden.device)
-    grad_hidden = torch.empty_like(hidden) if needs_grad_hidden else None
-    grad_weight = main_grad
-    if needs_grad_weight and main_grad is None:
-        grad_weight = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
-    # in fp32 one buffer is logits, exponentials and gradient in turn; in bf16 the exponentials,
-    # and so softmax and loss, have an fp32 buffer of their own
-    one_buffer = hidden.dtype == torch.float32
-    logits_buffer = hidden.new_empty(chunk_tokens, shard)
-    exp_buffer = (
-        logits_buffer if one_buffer else torch.empty_like(logits_buffer, dtype=torch.float32)
-    )
 
-    for start in range(0, t, chunk_tokens):
-        chunk = slice(start, min(start + chunk_tokens, t))
-        hidden_c, mask_c = hidden[chunk], loss_mask[chunk]
-        logits, exp = logits_buffer[: len(mask_c)], exp_buffer[: len(mask_c)]
-        torch.mm(hidden_c, weight.t(), out=logits)
-        if not one_buffer:
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        loss_mask: Tensor,
+        how: _How,
+        *,
+        needs_grad_hidden: bool = False,
+        needs_grad_weight: bool = False,
+        main_grad: Tensor | None = None,
+    ) -> None:
+        t, shard = hidden.shape[0], weight.shape[0]
+        self._hidden, self._weight, self._labels = hidden, weight, labels
+        self._loss_mask = loss_mask.float()
+        self._tp_group = how.tp_group
+        self._first_word = 0 if how.tp_group is None else how.tp_group.rank() * shard
+        self.loss = torch.empty(t, dtype=torch.float32, device=hidden.device)
+        self.grad_hidden = torch.empty_like(hidden) if needs_grad_hidden else None
+        self.grad_weight = main_grad
+        if needs_grad_weight and main_grad is None:
+            self.grad_weight = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
+        # its memory holds nothing yet: the first chunk writes, the others add
+        self._weight_is_new = self.grad_weight is not None and main_grad is None
+        # in fp32 one buffer is logits, exponentials and gradient in turn; in bf16 the exponentials,
+        # and so softmax and loss, have an fp32 buffer of their own
+        self._one_buffer = hidden.dtype == torch.float32
+        chunk_tokens = min(how.chunk_tokens, max(t, 1))
+        self._logits = hidden.new_empty(chunk_tokens, shard)
+        self._exp = self._logits
+        if not self._one_buffer:
+            self._exp = torch.empty_like(self._logits, dtype=torch.float32)
+
+    def run(self) -> None:
+        t, step = len(self._hidden), len(self._logits)
+        for start in range(0, t, step):
+            self._run_chunk(slice(start, min(start + step, t)))
+        if self.grad_weight is not None and self._weight_is_new:  # no token at all
+            self.grad_weight.zero_()
+
+    def _run_chunk(self, chunk: slice) -> None:
+        c, shard = chunk.stop - chunk.start, self._weight.shape[0]
+        logits, exp = self._logits[:c], self._exp[:c]
+        torch.mm(self._hidden[chunk], self._weight.t(), out=logits)
+        if not self._one_buffer:
             exp.copy_(logits)
-        word = labels[chunk] - first_word
+        word = self._labels[chunk] - self._first_word
         owned = (word >= 0) & (word < shard)
         word = word.clamp_(0, shard - 1).unsqueeze(1)
         target_logit = exp.gather(1, word).squeeze(1) * owned
         local_max, local_sum = exponentiate_rows_(exp)
 
         statistics = torch.stack([local_max, local_sum, target_logit])
-        row_max, row_sum, target_logit = combine_softmax_shards(_gather(statistics, tp_group))
-        loss[chunk] = row_sum.log() + row_max - target_logit
+        row_max, row_sum, target_logit = combine_softmax_shards(_gather(statistics, self._tp_group))
+        self.loss[chunk] = row_sum.log() + row_max - target_logit
 
-        if grad_hidden is None and grad_weight is None:
-            continue
-        # gradient of a logit: mask · (share / row_sum · exp - [this word is the label])
-        share = (local_max - row_max).exp()
+        if self.grad_hidden is not None or self.grad_weight is not None:
+            share = (local_max - row_max).exp()
+            if self._one_buffer:
+                self._differentiate_in_place(chunk, exp, word, owned, share, row_sum)
+            else:
+                self._differentiate(chunk, exp, logits, word, owned, share, row_sum)
+
+    # The gradient of a logit is mask · (share / row_sum · exp - [this word is the label]).
+
+    def _differentiate_in_place(
+        self, chunk: slice, exp: Tensor, word: Tensor, owned: Tensor, share: Tensor, row_sum: Tensor
+    ) -> None:
+        """A row's common factor goes onto hidden [c, h]: that spares a pass over [c, v]."""
         word_exp = exp.gather(1, word)
-        if one_buffer:
-            # a row's common factor goes onto hidden [c, h]: that spares a pass over [c, v]
-            factor = (share / row_sum).clamp_min_(SMALLEST_FACTOR).unsqueeze(1)
-            grad_logits = exp.scatter_(1, word, word_exp - owned.unsqueeze(1) / factor)
-            factor *= mask_c.unsqueeze(1)
-            inputs = hidden_c * factor
-        else:
-            factor = (mask_c * share / row_sum).unsqueeze(1)
-            target_gradient = word_exp * factor - (owned * mask_c).unsqueeze(1)
-            grad_logits = torch.mul(exp, factor, out=logits)
-            grad_logits.scatter_(1, word, target_gradient.to(logits.dtype))
-            inputs = hidden_c
-        if grad_hidden is not None:
-            torch.mm(grad_logits, weight, out=grad_hidden[chunk])
-            if one_buffer:
-                grad_hidden[chunk].mul_(factor)
-        if grad_weight is not None:
-            if start == 0 and main_grad is None:
-                if grad_weight.dtype == hidden.dtype:
-                    torch.mm(grad_logits.t(), inputs, out=grad_weight)  # saves writing zeros first
-                    continue
-                grad_weight.zero_()
-            accumulate_weight_gradient(inputs, grad_logits, grad_weight)
-    if t == 0 and grad_weight is not None and main_grad is None:
-        grad_weight.zero_()
-    return loss, grad_hidden, grad_weight
+        factor = (share / row_sum).clamp_min_(SMALLEST_FACTOR).unsqueeze(1)
+        grad_logits = exp.scatter_(1, word, word_exp - owned.unsqueeze(1) / factor)
+        factor *= self._loss_mask[chunk].unsqueeze(1)
+        inputs = self._hidden[chunk] * factor
+        self._multiply(chunk, grad_logits, inputs)
+        if self.grad_hidden is not None:
+            self.grad_hidden[chunk].mul_(factor)
+
+    def _differentiate(
+        self,
+        chunk: slice,
+        exp: Tensor,
+        logits: Tensor,
+        word: Tensor,
+        owned: Tensor,
+        share: Tensor,
+        row_sum: Tensor,
+    ) -> None:
+        """From the fp32 exponentials into the buffer of the logits."""
+        mask = self._loss_mask[chunk]
+        factor = (mask * share / row_sum).unsqueeze(1)
+        target_gradient = exp.gather(1, word) * factor - (owned * mask).unsqueeze(1)
+        grad_logits = torch.mul(exp, factor, out=logits)
+        grad_logits.scatter_(1, word, target_gradient.to(logits.dtype))
+        self._multiply(chunk, grad_logits, self._hidden[chunk])
+
+    def _multiply(self, chunk: slice, grad_logits: Tensor, inputs: Tensor) -> None:
+        """The two matrix products of the backward pass."""
+        if self.grad_hidden is not None:
+            torch.mm(grad_logits, self._weight, out=self.grad_hidden[chunk])
+        if self.grad_weight is None:
+            return
+        if self._weight_is_new:
+            self._weight_is_new = False
+            if self.grad_weight.dtype == inputs.dtype:
+                torch.mm(grad_logits.t(), inputs, out=self.grad_weight)  # saves writing zeros first
+                return
+            self.grad_weight.zero_()
+        accumulate_weight_gradient(inputs, grad_logits, self.grad_weight)
 
 
 def exponentiate_rows_(logits: Tensor) -> tuple[Tensor, Tensor]:

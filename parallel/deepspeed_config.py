@@ -64,6 +64,7 @@ class Launch:
     parallel: ParallelConfig
     deepspeed: DeepSpeedConfig
     num_experts: int = 0
+    on_gpu: bool = False  # known where it runs; False: a CPU, or nobody has said
 
     @property
     def zero(self) -> int:
@@ -71,7 +72,17 @@ class Launch:
 
     @property
     def bf16(self) -> bool:
-        return self.parallel.precision is Precision.bf16
+        return self.parallel.precision is Precision.bf16 or self._becomes_bf16
+
+    @property
+    def precision(self) -> str:
+        """As typed, with what comes of it."""
+        becomes = " (bf16 on a GPU)" if self._becomes_bf16 else ""
+        return f"parallel.precision={self.parallel.precision.value}{becomes}"
+
+    @property
+    def _becomes_bf16(self) -> bool:
+        return self.parallel.precision is Precision.auto and self.on_gpu
 
 
 @dataclass(frozen=True)
@@ -111,7 +122,7 @@ REFUSALS = (
         ("deepspeed.zero_stage=0", "parallel.precision=bf16"),
         lambda it: it.zero == 0 and it.bf16,
         lambda it: (
-            "deepspeed.zero_stage=0 adds gradients up in parallel.precision=bf16 and keeps no fp32 "
+            f"deepspeed.zero_stage=0 adds gradients up in {it.precision} and keeps no fp32 "
             "masters; use deepspeed.zero_stage=1, or parallel.precision=fp32"
         ),
     ),
@@ -119,7 +130,7 @@ REFUSALS = (
         ("parallel.precision=bf16", "+model=xmoe_tiny"),
         lambda it: it.num_experts > 0 and it.bf16,
         lambda it: (
-            "parallel.precision=bf16 keeps the routers of a model with experts in fp32, and "
+            f"{it.precision} keeps the routers of a model with experts in fp32, and "
             "engine=deepspeed holds all parameters in one type; use parallel.precision=fp32, or "
             "engine=megatron"
         ),
@@ -170,6 +181,17 @@ REFUSALS = (
 def problems_of(launch: Launch) -> list[str]:
     """One line for each rule that engine=deepspeed would break."""
     return [refusal.says(launch) for refusal in REFUSALS if refusal.applies(launch)]
+
+
+def problems_on_gpu(launch: Launch) -> list[str]:
+    """One line for each rule that it would break on a GPU, and nowhere else."""
+    elsewhere = {refusal.example for refusal in REFUSALS if refusal.applies(launch)}
+    there = replace(launch, on_gpu=True)
+    return [
+        refusal.says(there)
+        for refusal in REFUSALS
+        if refusal.applies(there) and refusal.example not in elsewhere
+    ]
 
 
 def not_installed() -> list[str]:
@@ -229,6 +251,7 @@ _COLUMNS: dict[str, dict[str, Any]] = {
     "PP": {"pipeline_model_parallel_size": 2},
     "bf16": {"precision": Precision.bf16},
     "experts": {},
+    "experts, bf16": {"precision": Precision.bf16},
     "experts, EP": {"expert_model_parallel_size": 2},
     "experts, TP and SP": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
 }

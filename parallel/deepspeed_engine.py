@@ -17,7 +17,6 @@ import io
 import math
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parallel import adam, optimizer_state
-from parallel.config import ConfigError, OptimizerConfig, ParallelConfig, Precision
+from parallel.config import ConfigError, OptimizerConfig, ParallelConfig
 from parallel.deepspeed_config import DeepSpeedConfig, Launch, not_installed, problems_of
 from parallel.deepspeed_library import (
     ModelParallelUnit,
@@ -39,6 +38,7 @@ from parallel.deepspeed_model import (
     is_expert,
     output_weight,
     parameter_groups,
+    refuse_what_is_not_summed,
     take_gradients_from_autograd,
     whole_shapes,
     without_experts_apart,
@@ -68,9 +68,8 @@ def check(parallel: ParallelConfig, deepspeed: DeepSpeedConfig, num_experts: int
 
     Raises ConfigError; call it before there is any process group.
     """
-    if parallel.precision is Precision.auto and torch.cuda.is_available():
-        parallel = replace(parallel, precision=Precision.bf16)
-    problems = not_installed() + problems_of(Launch(parallel, deepspeed, num_experts))
+    launch = Launch(parallel, deepspeed, num_experts, on_gpu=torch.cuda.is_available())
+    problems = not_installed() + problems_of(launch)
     if problems:
         raise ConfigError(*problems)
 
@@ -84,6 +83,8 @@ class DeepSpeedEngine(ModelEngine):
         chunks: one model chunk, on the runtime's device, weights initialised.
         parallel, optimizer, deepspeed: settings, held against each other already (`check`).
         runtime: this process's place in the layout.
+
+    Raises ValueError for a model with gradients that only megatron-core's engine reduces rightly.
     """
 
     def __init__(
@@ -95,6 +96,7 @@ class DeepSpeedEngine(ModelEngine):
         runtime: Runtime,
     ) -> None:
         (model,) = chunks
+        refuse_what_is_not_summed(model)
         self._clip_grad, self._deepspeed = optimizer.clip_grad, deepspeed
         self._library = library()
         forget_earlier_engines(self._library)

@@ -68,6 +68,25 @@ def take_gradients_from_autograd(model: MegatronModule) -> None:
     model.config.gradient_accumulation_fusion = False
 
 
+def refuse_what_is_not_summed(model: MegatronModule) -> None:
+    """No setting of ours makes such a model; megatron-core's finalize_model_grads looks after it.
+
+    Raises ValueError for parameters whose gradients are to be summed or averaged over the
+    tensor-parallel ranks without being marked `sequence_parallel`.
+    """
+    found = [
+        name
+        for name, parameter in model.named_parameters()
+        if getattr(parameter, "average_gradients_across_tp_domain", False)
+        or (model.config.qk_layernorm and ("q_layernorm" in name or "k_layernorm" in name))
+    ]
+    if found and model.tp_group.size() > 1:
+        raise ValueError(
+            f"engine=deepspeed does not reduce the gradients of {', '.join(found)} over tensor-"
+            "parallel ranks; use engine=megatron, or parallel.tensor_model_parallel_size=1"
+        )
+
+
 def without_experts_apart(model: MegatronModule) -> None:
     """ZeRO-3 takes experts for parameters like others; the rules see to it that they are."""
     for parameter in model.parameters():

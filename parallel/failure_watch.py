@@ -40,14 +40,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
-from types import TracebackType
 
 import torch.distributed as dist
 
 from parallel.config import FIRST_STEP_ALLOWANCE
 from parallel.heartbeat import FIRST_BEAT_ALLOWANCE, Beat, Heartbeat
 from parallel.progress_beacon import beacon, behind
-from parallel.runtime import Runtime, describe_ranks, leave_hard_at_exit
+from parallel.rank_layout import describe_ranks
+from parallel.runtime import Runtime, leave_hard_at_exit
 
 KEY = "failure"
 ROOT = Path(__file__).resolve().parent.parent
@@ -179,12 +179,7 @@ class FailureWatch:
                 thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         global _current
         _current = None
         try:

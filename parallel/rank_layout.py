@@ -214,3 +214,15 @@ class RankLayout:
             "--nproc-per-node, or choose "
             + ("1 for each" if world == 1 else f"sizes whose product divides {world}")
         )
+
+
+def describe_ranks(ranks: list[int]) -> str:
+    """[1, 2, 3, 7] -> "ranks 1-3, 7"."""
+    runs: list[list[int]] = []
+    for rank in ranks:
+        if runs and rank == runs[-1][-1] + 1:
+            runs[-1][1:] = [rank]
+        else:
+            runs.append([rank])
+    text = ", ".join("-".join(map(str, run)) for run in runs)
+    return f"rank {text}" if len(ranks) == 1 else f"ranks {text}"

@@ -13,12 +13,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
+from data.run_folders import runs_below
 from parallel import checkpoint_io
 from parallel.checkpoint_io import CheckpointError, SaveFailed
 from parallel.checkpoint_manifest import MISSING
+from parallel.checkpoint_plan import Plans, on_all_ranks
 from parallel.checkpoint_save import HostMemory, PendingSave, StoreLost
 from parallel.engine import Engine, checkpoint_metadata
 from pretrain.checkpoint_list import find_checkpoints, step_of
@@ -72,6 +73,7 @@ class Checkpoints:
         self.may_publish: Callable[[], bool] = lambda: True
         self.retention = Retention(folder, config)
         self._memory = HostMemory()
+        self._plans = Plans()
         self._pending: PendingSave | None = None
         self._seconds = 0.0  # the last save took, from its start to its end
         self._failures = 0  # in a row
@@ -137,7 +139,7 @@ class Checkpoints:
 
         All ranks must call it. One small all-reduce while a save is being written, else nothing.
         """
-        if self._pending is not None and _on_all_ranks(self._pending.done):
+        if self._pending is not None and on_all_ranks(self._pending.done):
             self.wait(step)
 
     def wait(self, step: int) -> SaveFailed | None:
@@ -193,6 +195,7 @@ class Checkpoints:
                 metadata=checkpoint_metadata(),
                 memory=memory,
                 checksums=self.config.verify_integrity,
+                plans=self._plans,
                 validate=not self._validated,
                 when_published=self._retain,
                 may_publish=self.may_publish,
@@ -319,7 +322,9 @@ class Checkpoints:
             lambda: find_checkpoints(Path(load)), f"look at checkpoint.load={load}"
         )
         if not found:
-            raise CheckpointError(f"checkpoint.load={load}: no complete checkpoint is there")
+            raise CheckpointError(
+                f"checkpoint.load={load}: no complete checkpoint is there{runs_below(load)}"
+            )
         _, problems = self._load(engine, found[-1], ("model",))
         if problems:
             raise CheckpointError(
@@ -418,10 +423,3 @@ def _on_any_rank(mine: bool) -> bool:
     found: list[bool] = [False] * dist.get_world_size()
     dist.all_gather_object(found, mine)
     return any(found)
-
-
-def _on_all_ranks(mine: bool) -> bool:
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    flag = torch.tensor(int(mine), device=device)
-    dist.all_reduce(flag, op=dist.ReduceOp.MIN)
-    return bool(flag.item())

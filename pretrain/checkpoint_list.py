@@ -13,12 +13,15 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from data.run_folders import runs_below
 from parallel.checkpoint_manifest import MISSING, NewerManifestError, verify
+from parallel.checkpoint_manifest import NAME as MANIFEST_FILE
 from parallel.checkpoint_reader import FORMAT_FILE, CheckpointReader
 
 _STEP = re.compile(r"step_(\d+)")
 _SOMETHING_ELSE = re.compile(r"step_\d+\.(partial|damaged(-\d+)?)")
 SOUND = "sound"
+VALUES_FILE = "checkpoint.json"  # of a copy as safetensors: the plain values
 UNVERIFIED = "not verifiable: saved before there were manifests"
 
 
@@ -57,10 +60,13 @@ def find_checkpoint(path: Path, step: int | None = None) -> Path:
         raise FileNotFoundError(f"{path}: no such folder")
     found = find_checkpoints(path)
     if not found:
-        raise FileNotFoundError(
-            f"{path} holds no complete checkpoint; name a run folder, its checkpoints folder, or "
-            "one of the checkpoints in it"
-        )
+        if is_safetensors(path):
+            raise FileNotFoundError(
+                f"{path} holds safetensors and no checkpoint: `launch.checkpoint verify` reads it, "
+                "and nothing else of ours; name the checkpoint that it is a copy of"
+            )
+        wanted = "; name a run folder, its checkpoints folder, or one of the checkpoints in it"
+        raise FileNotFoundError(f"{path} holds no complete checkpoint{runs_below(path) or wanted}")
     if step is None:
         return found[-1]
     for folder in found:
@@ -73,6 +79,16 @@ def find_checkpoint(path: Path, step: int | None = None) -> Path:
 def is_checkpoint(path: Path) -> bool:
     """Whether a save published this folder; its content may have been damaged since."""
     return not path.name.endswith(".partial") and (path / FORMAT_FILE).is_file()
+
+
+def is_safetensors(path: Path) -> bool:
+    """Whether `path` is a copy by `convert --safetensors`; it may have been damaged since."""
+    of_copies = (VALUES_FILE, "model.safetensors", "model.safetensors.index.json")
+    return (
+        not is_checkpoint(path)
+        and (path / MANIFEST_FILE).is_file()
+        and any((path / name).is_file() for name in of_copies)
+    )
 
 
 def step_of(folder: Path) -> int:

@@ -18,7 +18,7 @@ from parallel.checkpoint_manifest import write_manifest
 from parallel.checkpoint_reader import OPTIMIZER_PREFIX, CheckpointReader, StoredWeights
 from parallel.checkpoint_writer import new_checkpoint
 from parallel.new_folder import new_folder
-from pretrain.checkpoint_list import settings_file
+from pretrain.checkpoint_list import VALUES_FILE, settings_file
 from pretrain.safetensors_file import Entry, write_sharded
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -85,7 +85,7 @@ def to_safetensors(
     with new_folder(target) as partial:
         write_sharded(partial, "model", entries, tensors(), max_bytes)
         values = {key: reader.plain.get(key) for key in ("train_state", "identity")}
-        (partial / "checkpoint.json").write_text(json.dumps(values, indent=1) + "\n")
+        (partial / VALUES_FILE).write_text(json.dumps(values, indent=1) + "\n")
         settings = settings_file(source)
         if settings is not None:
             shutil.copyfile(settings, partial / "config.yaml")

@@ -16,10 +16,10 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -50,6 +50,12 @@ from pretrain.train_step import StepMetrics, forward_step
 _SEQUENCES_TAKEN_APART = 3
 _DOCUMENTS_OF_EARLIER_STEPS = 3
 _CHARACTERS = 400  # of a document's text in a report
+
+_Read = TypeVar("_Read")
+
+
+class UnreadableError(RuntimeError):
+    """A rank cannot read what is to be run again; raised on all ranks alike."""
 
 
 @dataclass(frozen=True)
@@ -246,19 +252,27 @@ class Culprits:
         readable, nonfinite = from_rank_zero((bool(documents), bool(found.nonfinite_samples)))
         if not readable:
             return
-        if nonfinite:
-            self._find_nonfinite_losses(documents, found)
-        elif verdict.kind == "nonfinite":
-            self._find_nonfinite_gradients(step, documents, found)
-        elif not by_loss:
-            self._find_large_gradients(documents, found)
+        try:
+            if nonfinite:
+                self._find_nonfinite_losses(documents, found)
+            elif verdict.kind == "nonfinite":
+                self._find_nonfinite_gradients(step, documents, found)
+            elif not by_loss:
+                self._find_large_gradients(documents, found)
+        except UnreadableError as error:
+            found.remarks.append(f"running sequences again was given up: {error}")
 
     def _find_nonfinite_losses(self, documents: list[DocumentRow], found: Findings) -> None:
         """Each sequence that was not finite forward by itself, and each document of it."""
         samples = from_rank_zero(found.nonfinite_samples[: self.config.rerun_sequences])
-        pieces = [piece for sample in samples for piece in self._pieces(sample)]
-        units = [self._padding(counts=True), *map(self._whole, samples)]
-        units += [self._alone(*piece) for piece in pieces]
+        pieces = self._pieces(samples)
+        units = self._read(
+            lambda: [
+                self._padding(counts=True),
+                *map(self._whole, samples),
+                *(self._alone(*piece) for piece in pieces),
+            ]
+        )
         losses = self._forward(units)
         finite = [
             bool(row[unit.loss_mask[0] != 0].isfinite().all())
@@ -290,12 +304,12 @@ class Culprits:
         if not broken:
             found.no_culprit = _NOT_AGAIN
         found.nonfinite_samples = broken
-        pieces = [p for sample in broken[:_SEQUENCES_TAKEN_APART] for p in self._pieces(sample)]
-        norms = {piece: self._gradient_norm([self._alone(*piece)]) for piece in pieces}
+        pieces = self._pieces(broken[:_SEQUENCES_TAKEN_APART])
+        norms = {piece: self._gradient_norm_alone(piece) for piece in pieces}
         self._note(documents, {piece: math.isfinite(norm) for piece, norm in norms.items()}, norms)
 
     def _nonfinite_within(self, samples: list[int], most: int) -> list[int]:
-        if math.isfinite(self._gradient_norm([self._whole(sample) for sample in samples])):
+        if math.isfinite(self._gradient_norm(samples)):
             return []
         if len(samples) == 1:
             return samples
@@ -314,7 +328,7 @@ class Culprits:
             excess[row.sample] = excess.get(row.sample, 0.0) + row.excess
         ranked = sorted(excess, key=lambda sample: (-excess[sample], sample))
         samples = from_rank_zero(ranked[: self.config.rerun_sequences])
-        norms = {sample: self._gradient_norm([self._whole(sample)]) for sample in samples}
+        norms = {sample: self._gradient_norm([sample]) for sample in samples}
         language = {row.sample: row.language for row in documents}
         counted = sum(labels.values())
         for sample in samples if self.runtime.rank == 0 else []:
@@ -328,8 +342,7 @@ class Culprits:
             f"the {len(samples)} sequences of the highest losses were run again by themselves"
         )
         worst = from_rank_zero([row.sample for row in found.sequences[:_SEQUENCES_TAKEN_APART]])
-        pieces = [piece for sample in worst for piece in self._pieces(sample)]
-        alone = {piece: self._gradient_norm([self._alone(*piece)]) for piece in pieces}
+        alone = {piece: self._gradient_norm_alone(piece) for piece in self._pieces(worst)}
         self._note(documents, {}, alone)
 
     def _note(
@@ -352,8 +365,14 @@ class Culprits:
         losses = self._gather([entry["loss"] for entry in metrics], len(mine), 1)
         return losses[: len(units)]
 
-    def _gradient_norm(self, units: list[Batch]) -> float:
-        """Global gradient norm of the mean loss over these batches of one sequence each."""
+    def _gradient_norm(self, samples: list[int]) -> float:
+        """Global gradient norm of the mean loss over these sequences, as they stood in the step."""
+        return self._norm_of(self._read(lambda: [self._whole(sample) for sample in samples]))
+
+    def _gradient_norm_alone(self, piece: Piece) -> float:
+        return self._norm_of(self._read(lambda: [self._alone(*piece)]))
+
+    def _norm_of(self, units: list[Batch]) -> float:
         self.engine.forward_backward(self._deal(units), **self._schedule())
         norm = self.engine.step(0.0, accept=lambda grad_norm: False).grad_norm
         return float(from_rank_zero(norm))
@@ -374,6 +393,20 @@ class Culprits:
 
     # ---- batches of one sequence -----------------------------------------------------------------
 
+    def _read(self, action: Callable[[], _Read]) -> _Read:
+        """What `action` makes of the data. Raises UnreadableError on all ranks where it fails on
+        one: a spike is no reason to end a run, and the others would wait in the next pass."""
+        failure, result = "", None
+        try:
+            result = action()
+        except Exception as error:
+            failure = f"rank {self.runtime.rank} cannot read them: {error!r}"
+        failures = [""] * self.runtime.world_size
+        dist.all_gather_object(failures, failure)
+        if any(failures):
+            raise UnreadableError(next(filter(None, failures)))
+        return cast(_Read, result)
+
     def _batch(self, rows: Rows, language_ids: np.ndarray) -> Batch:
         return batch_of(rows, language_ids, self.data.mixture.packing)
 
@@ -382,8 +415,11 @@ class Culprits:
         languages, numbers = self.data.mixture.locate(np.array([sample]))
         return self._batch(self.data.mixture.read(languages, numbers), languages)
 
-    def _pieces(self, sample: int) -> list[Piece]:
-        """(sample, first token, tokens) of its documents, each once."""
+    def _pieces(self, samples: Sequence[int]) -> list[Piece]:
+        """(sample, first token, tokens) of their documents, each once."""
+        return self._read(lambda: [piece for one in samples for piece in self._pieces_of(one)])
+
+    def _pieces_of(self, sample: int) -> list[Piece]:
         language, number = self.data.mixture.locate_one(sample)
         pieces = self.data.mixture.sequences[language].pieces(number)
         return list(dict.fromkeys((sample, start, tokens) for start, tokens in pieces))

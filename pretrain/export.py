@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
 from data.tokenizer import PAD, Tokenizer
@@ -26,11 +25,11 @@ from models.config import ModelConfig
 from models.hugging_face.mapping import Architecture, Source, architecture_of, config_of, sources
 from parallel.checkpoint_reader import CheckpointReader, StoredWeights
 from parallel.new_folder import new_folder
-from pretrain.checkpoint_list import find_checkpoint, losses_of, run_folder_of, settings_file
+from pretrain.checkpoint_list import losses_of, run_folder_of, settings_file
 from pretrain.config import PretrainConfig
 from pretrain.convert_checkpoint import new_dtype
 from pretrain.export_check import Check, ExportError, check_export
-from pretrain.generate import load_run_config, tokenizer_of
+from pretrain.generate import open_checkpoint, tokenizer_of
 from pretrain.model_card import model_card
 from pretrain.run_identity import model_identity
 from pretrain.safetensors_file import Entry, write_sharded
@@ -78,8 +77,8 @@ def export(
         FileExistsError: `out` exists.
         ExportError: settings or weights are not those of the checkpoint's model, or the exported
             model does not compute the same; `out` is then absent.
-        ValueError: a damaged checkpoint, or one that could run a program when loaded; or the
-            tokenizer is not known, or not the model's.
+        ValueError: a damaged checkpoint, or one that could run a program when loaded; or its
+            settings are not of this version; or the tokenizer is not known, or not the model's.
     """
     source = open_source(path, step, tokenizer)
     architecture = architecture_of(source.model)
@@ -99,19 +98,7 @@ def export(
 
 def open_source(path: Path, step: int | None = None, tokenizer: str = "") -> ExportSource:
     """The checkpoint at `path` with what is known about it. Raises as `export`."""
-    checkpoint = find_checkpoint(path, step)
-    settings = settings_file(checkpoint)
-    if settings is None:
-        raise FileNotFoundError(
-            f"{checkpoint} has no config.yaml beside it, nor in a run folder around it: copy the "
-            "run's config.yaml into it"
-        )
-    try:
-        config = load_run_config(settings.parent)
-    except OmegaConfBaseException as error:
-        raise ExportError(
-            f"{settings} is not a configuration of this version: {str(error).splitlines()[0]}"
-        ) from error
+    checkpoint, config = open_checkpoint(path, step)
     if tokenizer:
         config.data = replace(config.data, tokenizer=tokenizer)
     reader = CheckpointReader(checkpoint)
@@ -126,7 +113,8 @@ def open_source(path: Path, step: int | None = None, tokenizer: str = "") -> Exp
     differ = [f"{k}={now[k]} and {saved[k]}" for k in saved if k in now and now[k] != saved[k]]
     if differ:
         raise ExportError(
-            f"{settings} and {checkpoint} disagree about the model: {'; '.join(differ)}"
+            f"{settings_file(checkpoint)} and {checkpoint} disagree about the model: "
+            + "; ".join(differ)
         )
     run = run_folder_of(checkpoint)
     done = state.get("step")

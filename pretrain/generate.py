@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
 from data.config import DataConfig
@@ -24,7 +25,7 @@ from parallel.engine import checkpoint_metadata
 from parallel.inference import last_token_logits
 from parallel.megatron import MegatronModule
 from parallel.runtime import Runtime, initialize, shutdown
-from pretrain.checkpoint import Checkpoints
+from pretrain.checkpoint_list import find_checkpoint, settings_file
 from pretrain.config import PretrainConfig
 
 
@@ -44,6 +45,29 @@ class SamplingConfig:
         problems = [text for holds, text in rules if not holds]
         if problems:
             raise ValueError("; ".join(problems))
+
+
+def open_checkpoint(path: Path, step: int | None = None) -> tuple[Path, PretrainConfig]:
+    """The checkpoint that `path` names (a run folder, its checkpoints folder, a checkpoint, a copy
+    by launch.checkpoint), of `step` or the newest, and the settings it was made with.
+
+    Raises:
+        FileNotFoundError: no checkpoint, or no settings in it nor in a run folder around it.
+        ValueError: they are not of this version.
+    """
+    checkpoint = find_checkpoint(path, step)
+    settings = settings_file(checkpoint)
+    if settings is None:
+        raise FileNotFoundError(
+            f"{checkpoint} has no config.yaml beside it, nor in a run folder around it: copy the "
+            "run's config.yaml into it"
+        )
+    try:
+        return checkpoint, load_run_config(settings.parent)
+    except OmegaConfBaseException as error:
+        raise ValueError(
+            f"{settings} is not a configuration of this version: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def load_run_config(run_dir: Path) -> PretrainConfig:
@@ -96,32 +120,30 @@ def tokenizer_of(
 
 
 def generate(
-    run_dir: Path,
+    path: Path,
     prompts: Sequence[str],
     parallel: ParallelConfig,
     sampling: SamplingConfig,
     tokenizer_file: str = "",
 ) -> list[str]:
-    """Continue each prompt with the newest checkpoint of `run_dir`; the same texts on every rank.
+    """Continue each prompt with the checkpoint that `path` names; the same texts on every rank.
 
     The layout is free: it need not be the one the run was trained with. All ranks must call it.
 
+    path: as `open_checkpoint` takes it.
     tokenizer_file: if it is not where the run's settings say.
 
     Raises:
-        FileNotFoundError: no run, or no complete checkpoint, in `run_dir`.
+        FileNotFoundError: no complete checkpoint, or no settings of a run beside it.
         ValueError: a prompt and its continuation exceed the model's `max_position_embeddings`, or
             the tokenizer is not known, or not the model's.
         CheckpointError: the checkpoint cannot be read, or loading it could run a program.
     """
-    config = load_run_config(run_dir)
-    newest = Checkpoints(run_dir / "checkpoints", config.checkpoint, {}).steps()
-    if not newest:
-        raise FileNotFoundError(f"{run_dir}/checkpoints holds no complete checkpoint")
-    identity = CheckpointReader(newest[-1]).plain.get("identity") or {}
+    checkpoint, config = open_checkpoint(path)
+    identity = CheckpointReader(checkpoint).plain.get("identity") or {}
     size = (identity.get("model") or {}).get("vocab_size") or config.model.vocab_size
     data = replace(config.data, tokenizer=tokenizer_file or config.data.tokenizer)
-    tokenizer = tokenizer_of(newest[-1], data, identity, size)
+    tokenizer = tokenizer_of(checkpoint, data, identity, size)
     model = replace(config.model, vocab_size=size or tokenizer.vocab_size)
     ids = [tokenizer.encode(prompt) or [tokenizer.eod_id] for prompt in prompts]
     longest = max(map(len, ids)) + sampling.max_new_tokens
@@ -131,7 +153,7 @@ def generate(
             f"more than model.max_position_embeddings={model.max_position_embeddings}"
         )
     runtime = initialize(parallel, sampling.seed)
-    chunks = load_model(model, parallel, runtime, newest[-1])
+    chunks = load_model(model, parallel, runtime, checkpoint)
     texts = [
         tokenizer.decode(_continue(chunks, prompt, model, runtime, sampling, tokenizer.eod_id))
         for prompt in ids

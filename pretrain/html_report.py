@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from data.ledger import LEDGER_NAME, read_ledger
+from data.run_folders import runs_below
 from pretrain.metrics import PREDICTED, Chart, Section, charts, find
 from pretrain.predicted_losses import read_prediction
 from pretrain.prediction_figures import prediction_figures
@@ -44,7 +45,8 @@ def write_html_report(run_dir: str | Path, page: str | Path | None = None) -> Pa
     run_dir = Path(run_dir)
     if not (run_dir / METRICS_FILE).is_file():
         raise FileNotFoundError(
-            f"{run_dir} holds no {METRICS_FILE}; name the folder of a run (its run_dir)"
+            f"{run_dir} holds no {METRICS_FILE}"
+            + (runs_below(run_dir) or "; name the folder of a run (its run_dir)")
         )
     page = run_dir / "report.html" if page is None else Path(page)
     page.parent.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from models.build import build_model
 from models.config import Activation, ModelConfig, PositionEmbedding
-from models.foreign_weights import OUTPUT, Origin, Recipe, recipes
+from models.foreign_weights import OUTPUT, Origin, Recipe, not_of_megatron, recipes
 from models.initialize import EMBEDDING
 from models.moe_config import RouterType, ScoreFunction
 from models.parameter_count import padded_vocab_size
@@ -72,7 +72,8 @@ def import_weights(
 
     Raises:
         FileNotFoundError, FileExistsError: there is no `path`, or there is an `out`.
-        WeightsError: names or shapes do not fit, or the file contradicts the settings.
+        WeightsError: names or shapes do not fit, the file contradicts the settings, the settings
+            are of what Megatron-LM does not have, or the file is a checkpoint of ours.
         ValueError: the file is damaged or not harmless.
     """
     foreign = open_torchscale(path) if origin is Origin.torchscale else open_megatron(path)
@@ -169,6 +170,11 @@ def open_megatron(path: Path) -> Foreign:
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such folder")
     reader = CheckpointReader(path)
+    if reader.foreign_plain.keys() >= {"identity", "train_state"}:  # which only our runs write
+        raise WeightsError(
+            f"{path} is a checkpoint of Magnetron's own and needs no import: start a run from it "
+            f"with checkpoint.load={path}; launch.generate and launch.export read it as it is"
+        )
     weights = StoredWeights(reader)
     shapes = {
         name: shape
@@ -290,7 +296,8 @@ def _fill(
 
 
 def _check_megatron_args(args: Mapping[str, Any], model: ModelConfig) -> None:
-    """What weights do not show; but for the router only where the checkpoint has its settings."""
+    """What weights do not show: what Megatron-LM does not have, and what the checkpoint says of
+    its settings, as far as it does."""
     moe = model.moe
     routers = {
         RouterType.linear: moe.router_score_function,
@@ -318,18 +325,13 @@ def _check_megatron_args(args: Mapping[str, Any], model: ModelConfig) -> None:
             1.0 if args.get("moe_router_topk_scaling_factor") == 1 else None
         ),
     }
-    problems = []
-    if moe.num_experts and score_function is None:
-        problems.append(
-            f"model.moe.router={moe.router.value}, which Megatron-LM does not have; set "
-            "model.moe.router=linear or aux_free"
-        )
-    elif score_function is not None:
+    problems = not_of_megatron(model)
+    if score_function is not None:
         ours["moe_router_score_function"] = score_function.value
         if score_function is ScoreFunction.softmax:
             # over all experts for one (Switch), over those that are asked for several (GShard)
             ours["moe_router_pre_softmax"] = moe.router_topk == 1
-    if "position_embedding_type" in args:
+    if "position_embedding_type" in args and model.position_embedding_type in positions.values():
         theirs = args["position_embedding_type"]
         if positions.get(theirs) is not model.position_embedding_type:
             problems.append(

@@ -14,7 +14,8 @@ from parallel.config import (
     ParallelConfig,
     TokenDispatcher,
 )
-from pretrain.config import PretrainConfig, validate
+from pretrain.config import PretrainConfig
+from pretrain.config_rules import validate
 
 
 def _zero(*, sharded: bool, overlapped: bool) -> dict[str, bool]:
@@ -58,7 +59,7 @@ class Layout:
 def legal_layouts(
     config: PretrainConfig, *, max_ranks: int = 8, sizes: Sequence[int] = (1, 2, 4, 8)
 ) -> Iterator[Layout]:
-    """All that `pretrain.config.validate` accepts, with these sizes along every axis.
+    """All that `pretrain.config_rules.validate` accepts, with these sizes along every axis.
 
     `config.parallel` gives what is not an axis. An axis that means nothing (the token dispatcher of
     a dense model, the kind of context parallelism without any) has one value.

@@ -6,6 +6,7 @@ Imports neither torch nor megatron-core.
 import re
 
 from models.memory import MemoryPrediction, predict_memory, worst_expert_load
+from parallel.deepspeed_config import EngineKind
 from parallel.rank_layout import RankLayout
 from pretrain.config import PretrainConfig
 
@@ -40,7 +41,7 @@ def predict_memory_of_run(
     """`models.memory.predict_memory` with the run's settings.
 
     Args:
-        config: passed `pretrain.config.validate` for this `world_size`.
+        config: passed `pretrain.config_rules.validate` for this `world_size`.
         vocab_size: the tokenizer's; None takes `model.vocab_size`. Of two the larger counts.
         device: "cuda" or "cpu".
         expert_load: rows of the busiest rank's experts in multiples of the even share; None: 1.
@@ -61,6 +62,7 @@ def predict_memory_of_run(
         expert_load=1.0 if expert_load is None else expert_load,
         resets_attention=config.data.packing.reset_attention,
         resets_positions=config.data.packing.reset_positions,
+        deepspeed=config.deepspeed if config.engine is EngineKind.deepspeed else None,
     )
 
 

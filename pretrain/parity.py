@@ -65,7 +65,10 @@ from models.initialize import global_parameters
 from models.router import ExpertRouter
 from parallel.collectives import all_gather
 from parallel.config import OptimizerConfig, ParallelConfig
-from parallel.engine import MegatronEngine
+from parallel.deepspeed_config import DeepSpeedConfig
+from parallel.deepspeed_engine import DeepSpeedEngine
+from parallel.deepspeed_reading import whole_gradient, whole_weight
+from parallel.engine import Engine, MegatronEngine
 from parallel.runtime import Runtime, initialize, shutdown
 from pretrain.train_step import forward_step, reduce_losses
 
@@ -138,13 +141,22 @@ class RankRecord:
     weights: dict[str, Shard] = field(default_factory=dict)
 
 
-def train_on_rank(exercise: Exercise, parallel: ParallelConfig) -> RankRecord:
-    """The exercise under the layout; all ranks of it call this, each in a process of its own."""
+def train_on_rank(
+    exercise: Exercise, parallel: ParallelConfig, deepspeed: DeepSpeedConfig | None = None
+) -> RankRecord:
+    """The exercise under the layout; all ranks of it call this, each in a process of its own.
+
+    deepspeed: with engine=deepspeed its settings; None: engine=megatron.
+    """
     runtime = initialize(parallel, seed=1)
     chunks = build_model(exercise.model, parallel, runtime, vocab_size=exercise.vocab_size, seed=7)
     record = RankRecord(initial=shards(chunks, lambda parameter: parameter.data))
     watch_routers(chunks, exercise.model, runtime)
-    engine = MegatronEngine(chunks, parallel, exercise.optimizer, runtime)
+    engine: Engine
+    if deepspeed is None:
+        engine = MegatronEngine(chunks, parallel, exercise.optimizer, runtime)
+    else:
+        engine = DeepSpeedEngine(chunks, parallel, exercise.optimizer, deepspeed, runtime)
     for step in range(exercise.steps):
         metrics = engine.forward_backward(
             micro_batches(exercise, step, runtime.data_parallel_rank, runtime.data_parallel_size),
@@ -157,14 +169,10 @@ def train_on_rank(exercise: Exercise, parallel: ParallelConfig) -> RankRecord:
         record.language_totals.append(losses.totals)
         take_routing(chunks, record)
         if step == 0:
-            gather_gradients(engine)
             # frozen experts and routers have none
-            record.gradients = shards(chunks, lambda p: p.main_grad if p.requires_grad else None)
+            record.gradients = shards(chunks, gathered_gradients(engine))
         record.grad_norms.append(engine.step(exercise.optimizer.lr).grad_norm)
-    if parallel.overlap_param_gather:
-        for chunk in engine.chunks:
-            chunk.start_param_sync(force_sync=True)
-    record.weights = shards(chunks, lambda parameter: parameter.data)
+    record.weights = shards(chunks, gathered_weights(engine))
     gaps = [router.smallest_gap for router in routers_of(chunks)]
     record.smallest_gap = min((float(gap) for gap in gaps if gap is not None), default=math.inf)
     shutdown(runtime)
@@ -208,6 +216,26 @@ def micro_batches(exercise: Exercise, step: int, rank: int, ranks: int) -> list[
         )
         for rows in order.view(-1, ranks, exercise.micro_batch_size)[:, rank]
     ]
+
+
+def gathered_gradients(engine: Engine) -> Callable[[Any], Tensor | None]:
+    """Of a parameter; all ranks must call both."""
+    if isinstance(engine, DeepSpeedEngine):
+        return whole_gradient
+    assert isinstance(engine, MegatronEngine)
+    gather_gradients(engine)
+    return lambda parameter: parameter.main_grad if parameter.requires_grad else None
+
+
+def gathered_weights(engine: Engine) -> Callable[[Any], Tensor | None]:
+    """Of a parameter; all ranks must call both."""
+    if isinstance(engine, DeepSpeedEngine):
+        return whole_weight
+    assert isinstance(engine, MegatronEngine)
+    if engine.parallel.overlap_param_gather:
+        for chunk in engine.chunks:
+            chunk.start_param_sync(force_sync=True)
+    return lambda parameter: parameter.data
 
 
 def gather_gradients(engine: MegatronEngine) -> None:

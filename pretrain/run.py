@@ -7,8 +7,6 @@ things in the same order, because most of them are collective.
 from __future__ import annotations
 
 import os
-import shlex
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,15 +16,15 @@ import torch
 from omegaconf import OmegaConf
 
 from data.ledger import Ledger
-from data.loader import MicroBatchLoader
+from data.loader import MicroBatchLoader, ValidationSet
 from data.mixture_law import differences, open_law_of
 from data.open_data import Data, open_data, prepare
 from data.prefetch import PrefetchLoader
 from models.build import build_model
-from models.language_model import LanguageModel
 from models.parameter_count import flops_per_token, parameter_count
 from parallel import failure_watch
 from parallel.accelerators import check_apex, find_accelerators
+from parallel.config import ConfigError
 from parallel.deepspeed_config import EngineKind
 from parallel.engine import Engine, MegatronEngine
 from parallel.failure_watch import FailureWatch
@@ -37,22 +35,20 @@ from parallel.runtime import Runtime, initialize, shutdown
 from pretrain.anomaly_watch import open_anomaly_watch
 from pretrain.checkpoint import Checkpoints, Notify
 from pretrain.config import PretrainConfig
+from pretrain.ending import report
 from pretrain.events import Events
-from pretrain.html_report import write_html_report
 from pretrain.instruments import Instruments
 from pretrain.memory import predict_memory_of_run
 from pretrain.predicted_losses import PredictedLosses, keep_law, write_prediction
 from pretrain.progress import Progress
 from pretrain.provenance import atomic_write_text, write_run_record
-from pretrain.report import plot_curves, print_report
-from pretrain.router_plot import plot_router
 from pretrain.router_report import open_router_report
 from pretrain.run_identity import asdict_plain, identity, vocabulary_of
 from pretrain.run_lock import RunFolderBusyError, RunLock
 from pretrain.run_status import RunStatus
 from pretrain.stop_signal import StopSignal, stop_signal
 from pretrain.throughput import ThroughputMeter, peak_flops_of_run, pipeline_bubble
-from pretrain.tracker import WANDB_RUN_ID_FILE, make_tracker, read_metrics
+from pretrain.tracker import WANDB_RUN_ID_FILE, Tracker, make_tracker
 from pretrain.train_loop import Outcome, TrainLoop
 from pretrain.train_state import TrainState
 from pretrain.walltime import WallTime, end_of_time
@@ -76,7 +72,7 @@ def run(config: PretrainConfig, stop: StopSignal | None = None) -> Outcome:
         runtime = initialize(config.parallel, config.train.seed)
         with watch_for_failures(config, runtime) as watch:
             # left after the failure watch, so that a failure is recorded with its cause
-            status = outermost.enter_context(run_folder(Path(config.run_dir), runtime))
+            status = outermost.enter_context(run_folder(config, runtime))
             watch.last_words = status.failed
             outcome = train(config, runtime, stop, status)
         shutdown(runtime)
@@ -93,8 +89,15 @@ def check_engine(config: PretrainConfig) -> None:
         library()  # its import takes seconds, in which a rank gives no sign of life
 
 
-def make_engine(chunks: list[LanguageModel], config: PretrainConfig, runtime: Runtime) -> Engine:
-    """The engine that `engine` names, around this rank's model chunks. All ranks must call it."""
+def make_engine(config: PretrainConfig, data: Data, runtime: Runtime) -> Engine:
+    """This rank's model chunks, in the engine that `engine` names. All ranks must call it."""
+    chunks = build_model(
+        config.model,
+        config.parallel,
+        runtime,
+        vocab_size=vocab_size(config, data),
+        seed=config.train.seed,
+    )
     if config.engine is EngineKind.megatron:
         return MegatronEngine(chunks, config.parallel, config.optimizer, runtime)
     from parallel.deepspeed_engine import DeepSpeedEngine
@@ -127,38 +130,17 @@ def train(config: PretrainConfig, runtime: Runtime, stop: StopSignal, status: Ru
 
     data = prepare_data(config, runtime)
     predictions = open_predictions(config, data)
-    chunks = build_model(
-        config.model,
-        config.parallel,
-        runtime,
-        vocab_size=vocab_size(config, data),
-        seed=config.train.seed,
-    )
-    engine = make_engine(chunks, config, runtime)
+    engine = make_engine(config, data, runtime)
 
     events = Events(run_dir, enabled=runtime.rank == 0)
-    checkpoints = Checkpoints(
-        run_dir / "checkpoints",
-        config.checkpoint,
-        identity(config, vocab_size(config, data), data.mixture.fingerprint()),
-        notify=notice(events, print if runtime.rank == 0 else None),
-    )
-    checkpoints.may_publish = status.may_publish
+    checkpoints = open_checkpoints(config, data, runtime, events, status)
     state = checkpoints.resume(engine)  # a refused resume leaves no trace
     record_run(config, data, runtime, run_dir, resumed_step=state.step)
     status.starting(state.step, config.train.train_steps, runtime.world_size)
     if state.step:
-        events.write("resume", state.step, f"resumed on {runtime.world_size} ranks")
-    keep_wandb_run_id(run_dir, state, runtime)
-    tracker = make_tracker(
-        config.wandb,
-        run_dir,
-        runtime.rank,
-        asdict_plain(config),
-        resumed_step=state.step or None,
-        tensorboard=config.tensorboard,
-    )
-    keep_wandb_run_id(run_dir, state, runtime)
+        ranks = "1 rank" if runtime.world_size == 1 else f"{runtime.world_size} ranks"
+        events.write("resume", state.step, f"resumed on {ranks}")
+    tracker = open_tracker(config, runtime, state)
     progress = Progress(
         config.train.train_steps,
         start_step=state.step,
@@ -172,13 +154,7 @@ def train(config: PretrainConfig, runtime: Runtime, stop: StopSignal, status: Ru
         runtime=runtime,
         data=data,
         loader=train_loader(config, data, runtime),
-        validation=data.validation_set(
-            sequences_per_language=config.train.eval_sequences,
-            micro_batch_size=config.train.micro_batch_size,
-            data_parallel_rank=runtime.data_parallel_rank,
-            data_parallel_size=runtime.data_parallel_size,
-            micro_batch_multiple=runtime.pipeline_parallel_size,
-        ),
+        validation=validation_set(config, data, runtime),
         checkpoints=checkpoints,
         anomalies=open_anomaly_watch(config, engine, runtime, data, checkpoints, progress, events),
         tracker=tracker,
@@ -194,44 +170,63 @@ def train(config: PretrainConfig, runtime: Runtime, stop: StopSignal, status: Ru
         events=events,
         predictions=predictions if runtime.rank == 0 else None,
     )
-    loop.progress.message(runtime.describe())
-    for line in [*accelerator_lines(config, runtime), *memory_lines(config, data, runtime)]:
-        loop.progress.message(line)
-    if loop.predictions is not None:
-        progress.message(predict_end(loop.predictions, config, state))
-    finished = False
-    try:
-        outcome = loop.run(state, stop)
-        status.ended(outcome.stopped_by)
-        finished = True
-    finally:
-        if isinstance(loop.loader, PrefetchLoader):
-            loop.loader.close()
-        checkpoints.close()
-        loop.progress.close()
-        if loop.router is not None:
-            loop.router.close()
-        loop.instruments.close()
-        tracker.close(failed=not finished)
+    introduce(loop, state)
+    outcome = run_and_close(loop, state, stop)
     if runtime.rank == 0:
         report(outcome, run_dir, config)
     return outcome
 
 
+def introduce(loop: TrainLoop, state: TrainState) -> None:
+    """What the run's first lines say of it."""
+    config, data, runtime = loop.config, loop.data, loop.runtime
+    loop.progress.message(runtime.describe())
+    for line in [*accelerator_lines(config, runtime), *memory_lines(config, data, runtime)]:
+        loop.progress.message(line)
+    if loop.predictions is not None:
+        loop.progress.message(predict_end(loop.predictions, config, state))
+
+
+def run_and_close(loop: TrainLoop, state: TrainState, stop: StopSignal) -> Outcome:
+    """The loop, and the end of all that works beside it, however the loop ends."""
+    finished = False
+    try:
+        outcome = loop.run(state, stop)
+        loop.status.ended(outcome.stopped_by)
+        finished = True
+        return outcome
+    except Exception as error:
+        # at once: closing what is open takes seconds, and the other ranks wait meanwhile
+        if (watch := failure_watch.current()) is not None:
+            watch.announce(error)
+        raise
+    finally:
+        if isinstance(loop.loader, PrefetchLoader):
+            loop.loader.close()
+        loop.checkpoints.close()
+        loop.progress.close()
+        if loop.router is not None:
+            loop.router.close()
+        loop.instruments.close()
+        loop.tracker.close(failed=not finished)
+
+
 @contextmanager
-def run_folder(run_dir: Path, runtime: Runtime) -> Iterator[RunStatus]:
+def run_folder(config: PretrainConfig, runtime: Runtime) -> Iterator[RunStatus]:
     """Hold the run folder, and report the run's status there. All ranks must enter it.
 
-    Raises RunFolderBusyError on all ranks where another run holds the folder.
+    Raises RunFolderBusyError on all ranks where another run holds the folder, ConfigError on all
+    where it cannot be made or written.
     """
+    run_dir = Path(config.run_dir)
     with ExitStack() as held:
         status = RunStatus()
         refusal: list[Exception | None] = [None]
         if runtime.rank == 0:
-            lock = RunLock(run_dir)
+            lock = RunLock(run_dir, config.fault_tolerance.ends_alone_after(runtime.world_size))
             try:
                 held.enter_context(lock)
-            except (RunFolderBusyError, OSError) as error:
+            except (RunFolderBusyError, ConfigError) as error:
                 refusal = [error]
                 if (watch := failure_watch.current()) is not None:
                     watch.announce(error)  # before the others learn of it, and raise it as well
@@ -240,6 +235,35 @@ def run_folder(run_dir: Path, runtime: Runtime) -> Iterator[RunStatus]:
         if refusal[0] is not None:
             raise refusal[0]
         yield held.enter_context(status)
+
+
+def open_checkpoints(
+    config: PretrainConfig, data: Data, runtime: Runtime, events: Events, status: RunStatus
+) -> Checkpoints:
+    checkpoints = Checkpoints(
+        Path(config.run_dir) / "checkpoints",
+        config.checkpoint,
+        identity(config, vocab_size(config, data), data.mixture.fingerprint()),
+        notify=notice(events, print if runtime.rank == 0 else None),
+    )
+    checkpoints.may_publish = status.may_publish
+    return checkpoints
+
+
+def open_tracker(config: PretrainConfig, runtime: Runtime, state: TrainState) -> Tracker:
+    """All ranks must call it."""
+    run_dir = Path(config.run_dir)
+    keep_wandb_run_id(run_dir, state, runtime)
+    tracker = make_tracker(
+        config.wandb,
+        run_dir,
+        runtime.rank,
+        asdict_plain(config),
+        resumed_step=state.step or None,
+        tensorboard=config.tensorboard,
+    )
+    keep_wandb_run_id(run_dir, state, runtime)
+    return tracker
 
 
 def keep_wandb_run_id(run_dir: Path, state: TrainState, runtime: Runtime) -> None:
@@ -330,6 +354,16 @@ def train_loader(
     return PrefetchLoader(loader, depth=config.data.prefetch, device=runtime.device)
 
 
+def validation_set(config: PretrainConfig, data: Data, runtime: Runtime) -> ValidationSet:
+    return data.validation_set(
+        sequences_per_language=config.train.eval_sequences,
+        micro_batch_size=config.train.micro_batch_size,
+        data_parallel_rank=runtime.data_parallel_rank,
+        data_parallel_size=runtime.data_parallel_size,
+        micro_batch_multiple=runtime.pipeline_parallel_size,
+    )
+
+
 def vocab_size(config: PretrainConfig, data: Data) -> int:
     return vocabulary_of(config.model, data.tokenizer.vocab_size, data.tokenizer.path)
 
@@ -415,9 +449,7 @@ def accelerator_lines(config: PretrainConfig, runtime: Runtime) -> list[str]:
 
 
 def memory_lines(config: PretrainConfig, data: Data, runtime: Runtime) -> list[str]:
-    """What `memory/peak_bytes` of a GPU should come to; with another engine nobody has said."""
-    if config.engine is not EngineKind.megatron:
-        return []
+    """What `memory/peak_bytes` of a GPU should come to."""
     predicted = predict_memory_of_run(
         config,
         runtime.world_size,
@@ -425,53 +457,3 @@ def memory_lines(config: PretrainConfig, data: Data, runtime: Runtime) -> list[s
         device=runtime.device.type,
     )
     return [predicted.peak.describe()]
-
-
-def report(outcome: Outcome, run_dir: Path, config: PretrainConfig) -> None:
-    """Losses by family at start and end, a picture of the curves, and what to try next.
-
-    The run is over: what goes wrong here is told, and changes nothing about how it ended.
-    """
-    if outcome.stopped_by:  # within a grace time
-        print(f"stopped by {outcome.stopped_by}; the same command goes on from the checkpoint")
-        return
-    try:
-        artefacts = draw(run_dir)
-        evaluations = [r for r in read_metrics(run_dir / "metrics.jsonl") if "eval/loss" in r]
-        print_report(
-            evaluations[0],  # of the run's first start, however often it was resumed
-            outcome.last_evaluation,
-            artefacts=artefacts,
-            next_steps=next_steps(run_dir, config),
-        )
-    except Exception as error:
-        print(f"no report, the run itself is complete: {type(error).__name__}: {error}")
-
-
-def draw(run_dir: Path) -> dict[str, Path]:
-    """Pictures and the page of a run; where they and its records are."""
-    artefacts = {
-        "curves": plot_curves(run_dir / "metrics.jsonl", run_dir / "curves.png"),
-        "metrics": run_dir / "metrics.jsonl",
-        "record": run_dir / "run.json",
-        "page": write_html_report(run_dir),
-    }
-    routing = plot_router(run_dir, run_dir / "router.png")
-    return artefacts if routing is None else {**artefacts, "routing": routing}
-
-
-def next_steps(run_dir: Path, config: PretrainConfig) -> list[str]:
-    """Three commands that work from here, as this Python would be called."""
-    python = os.path.relpath(sys.executable)
-    python = sys.executable if python.startswith("..") else python
-    model, steps = config.model.name, config.train.train_steps
-    other = "ep2" if config.model.moe.num_experts else "tp2"
-    changed = ("run_dir=", "parallel=", "parallel.", "train.train_steps=")
-    said = [shlex.quote(word) for word in sys.argv[1:] if not word.startswith(changed)]
-    start = " ".join(["launch/pretrain.py", *said])
-    return [
-        f'{python} -m launch.generate {run_dir} "The page you"',
-        f"{python} -m torch.distributed.run --standalone --nproc-per-node 2 {start} "
-        f"parallel={other} train.train_steps={steps} run_dir=runs/{model}-{other}",
-        f"{python} {start} parallel=single train.train_steps={2 * steps} run_dir={run_dir}",
-    ]

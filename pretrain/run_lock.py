@@ -5,6 +5,7 @@ leaves its name in `run_dir`/lock and renews the file's time stamp while it runs
 refused before it trains. Imports neither torch nor megatron-core.
 """
 
+import errno
 import os
 import threading
 import time
@@ -12,10 +13,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from data.folder_lock import LockFile, is_dead, is_local, lock_age, read_lock
+from parallel.config import ConfigError
 
 HEARTBEAT_SECONDS = 5.0
 # A holder on another machine counts as dead after so long without a heartbeat: twelve missed ones.
@@ -24,6 +25,7 @@ STALE_SECONDS = 60.0
 
 _LOCK = "lock"
 _POLL_SECONDS = 0.2
+_NO_ID = "none"  # torchrun's --rdzv-id where none is given
 
 
 class RunFolderBusyError(RuntimeError):
@@ -37,32 +39,48 @@ class RunLock:
 
     - on this machine: of a process that is no longer there, at once;
     - of this very SLURM job before it was requeued, at once: SLURM has ended it;
-    - on another machine: once its heartbeats have stayed away for STALE_SECONDS. A start waits
-      until it has seen either a heartbeat or that.
+    - on another machine: once its heartbeats have stayed away for STALE_SECONDS, or for as long
+      as it said it would outlive a lost network, where the same torchrun started it (`--rdzv-id`
+      tells). A start waits until it has seen either a heartbeat or that.
 
     A run that lost its lock (it was suspended, or cut off from the file system, for longer) must
     stop: `check` says so.
 
     Args:
-        run_dir: made if need be.
+        run_dir: made if need be; if it was, and nothing has been written there, it is gone again
+            when the lock is given back.
+        ends_alone_after: seconds after which this run, cut off from the other ranks, has ended.
 
-    Raises RunFolderBusyError on entering where another one lives, OSError where the folder cannot
-    be written.
+    Raises RunFolderBusyError on entering where another one lives, ConfigError where the folder
+    cannot be made or written.
     """
 
-    def __init__(self, run_dir: str | Path) -> None:
+    def __init__(self, run_dir: str | Path, ends_alone_after: float = STALE_SECONDS) -> None:
         self.run_dir = Path(run_dir)
         self.lost = False
+        self._made = False
         self.on_heartbeat: Callable[[], None] | None = None  # called after each one, from a thread
         self._job = slurm_job()
-        self._file = LockFile(self.run_dir / _LOCK, since=time.time(), **self._job)
+        self._torchrun = os.environ.get("TORCHELASTIC_RUN_ID", _NO_ID)
+        about = self._job | {"torchrun_id": self._torchrun, "ends_alone_after": ends_alone_after}
+        self._file = LockFile(self.run_dir / _LOCK, since=time.time(), **about)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True, name="run folder lock")
 
     def __enter__(self) -> "RunLock":
-        self.run_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            self._made = not self.run_dir.exists()
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            self._take()
+        except OSError as error:
+            self._remove_if_unused()
+            raise ConfigError(unusable(self.run_dir, error)) from error
+        self._thread.start()
+        return self
+
+    def _take(self) -> None:
         first_look: tuple[Any, float] | None = None
-        while not self._file.take(self._gives_way):
+        while not self._taken():
             holder = read_lock(self._file.path)
             if holder is None:
                 continue
@@ -77,19 +95,25 @@ class RunLock:
                     "that run end, stop it, or choose another run_dir"
                 )
             time.sleep(_POLL_SECONDS)
-        self._thread.start()
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def _taken(self) -> bool:
+        try:
+            return self._file.take(self._gives_way)
+        except FileNotFoundError:  # another start that made the folder was refused, and removed it
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            return False
+
+    def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()  # or it might renew what is given back
         with suppress(OSError):
             self._file.give_back()
+        self._remove_if_unused()
+
+    def _remove_if_unused(self) -> None:
+        if self._made:
+            with suppress(OSError):  # it holds something
+                self.run_dir.rmdir()
 
     def check(self) -> None:
         """Raises RunFolderBusyError once another run has taken the folder over. Costs nothing."""
@@ -99,7 +123,8 @@ class RunLock:
         by = self._describe(holder) if holder else "another run"
         raise RunFolderBusyError(
             f"run_dir={self.run_dir} was taken over by {by}: this run gave no sign of life for "
-            f"{STALE_SECONDS:g} s. It ends here, without saving"
+            f"{STALE_SECONDS:g} s (less where its own torchrun has started another). It ends here, "
+            "without saving"
         )
 
     def holds(self) -> bool:
@@ -114,7 +139,9 @@ class RunLock:
         same_job = job is not None and holder.get("slurm_job_id") == job
         if same_job and holder.get("slurm_restart_count") != restarts:
             return True
-        return is_dead(path, holder, STALE_SECONDS)
+        ours = self._torchrun != _NO_ID and holder.get("torchrun_id") == self._torchrun
+        its_end = float(holder.get("ends_alone_after", STALE_SECONDS)) if ours else STALE_SECONDS
+        return is_dead(path, holder, min(its_end, STALE_SECONDS))
 
     def _beat(self) -> None:
         while not self._stop.wait(HEARTBEAT_SECONDS):
@@ -132,6 +159,29 @@ class RunLock:
 
     def _describe(self, holder: dict[str, Any]) -> str:
         return _describe(self._file.path, holder)
+
+
+def unusable(run_dir: Path, error: OSError | None = None) -> str:
+    """Why no run can write its folder there, and what to do: what `error` says, where it is of a
+    kind that a look at the path does not tell. Empty where nothing seems wrong."""
+    if error is not None and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return (
+            f"no space left on the file system of run_dir={run_dir} ({os.strerror(error.errno)}); "
+            "make room there, or choose another run_dir"
+        )
+    place = run_dir
+    while not os.path.exists(place):  # no error for a path that cannot be looked at
+        place = place.parent
+    if not place.is_dir():
+        return f"run_dir={run_dir}: {place} is a file; name a folder"
+    if not os.access(place, os.W_OK | os.X_OK):
+        return f"run_dir={run_dir}: {place} may not be written; choose another folder"
+    if error is None:
+        return ""
+    return (
+        f"run_dir={run_dir}: cannot be written below {place} "
+        f"({error.strerror or error}); choose another folder"
+    )
 
 
 def held_by(run_dir: Path) -> str | None:

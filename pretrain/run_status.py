@@ -19,7 +19,6 @@ import threading
 import time
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from pretrain.run_lock import RunLock, slurm_job
@@ -48,12 +47,7 @@ class RunStatus:
     def __enter__(self) -> "RunStatus":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if error is not None:
             self.failed(error)
 

@@ -20,7 +20,9 @@ from parallel.config import (
     Precision,
     RecomputeGranularity,
 )
-from pretrain.config import PretrainConfig, TrainConfig, validate
+from parallel.deepspeed_config import DeepSpeedConfig, EngineKind
+from pretrain.config import PretrainConfig, TrainConfig
+from pretrain.config_rules import validate
 
 HEAD_WIDTH = 8
 SHORTEST_SEQUENCE = 16
@@ -107,6 +109,9 @@ def shrink(config: PretrainConfig, processes: int = 8) -> Shrunk:
         raise ConfigError(f"verify.processes={processes} must be 1 or more")
     asked = _Sizes.of(config.parallel)
     sizes = _fit(replace(asked, virtual=min(asked.virtual, 2)), processes)
+    if config.engine is EngineKind.deepspeed and config.deepspeed.zero_stage == 3:
+        # experts that are not sharded as the rest would be refused
+        sizes = replace(sizes, expert_tensor=sizes.tensor if config.model.moe.num_experts else 1)
     parallel = _parallel(config.parallel, sizes)
     model = _model(config.model, config.parallel, parallel, sizes)
     small = PretrainConfig(
@@ -115,6 +120,8 @@ def shrink(config: PretrainConfig, processes: int = 8) -> Shrunk:
         parallel=parallel,
         optimizer=config.optimizer,
         train=_train(config.train, sizes),
+        engine=config.engine,
+        deepspeed=_deepspeed(config),
     )
     validate(small, sizes.processes)
     axes = [
@@ -158,6 +165,18 @@ def _parallel(parallel: ParallelConfig, sizes: _Sizes) -> ParallelConfig:
         sequence_parallel=parallel.sequence_parallel and sizes.tensor > 1,
         recompute_num_layers=min(parallel.recompute_num_layers, 2) if full else 1,
         precision=Precision.fp32,
+    )
+
+
+def _deepspeed(config: PretrainConfig) -> DeepSpeedConfig:
+    """Buckets that do not hold all gradients, and matrices that are gathered."""
+    if config.engine is not EngineKind.deepspeed:
+        return DeepSpeedConfig()
+    return replace(
+        config.deepspeed,
+        native_adam=False,
+        reduce_bucket_size=min(config.deepspeed.reduce_bucket_size, 5000),
+        param_persistence_threshold=min(config.deepspeed.param_persistence_threshold, 200),
     )
 
 
@@ -275,6 +294,8 @@ def _scaled(width: int, ratio: float, unit: int) -> int:
 def _remarks(config: PretrainConfig) -> list[str]:
     model, moe = config.model, config.model.moe
     remarks = []
+    if config.engine is EngineKind.deepspeed and config.deepspeed.native_adam:
+        remarks.append("torch's Adam instead of deepspeed.native_adam=true, which is compiled")
     if config.parallel.precision is Precision.bf16:
         remarks.append("fp32 instead of parallel.precision=bf16, where rounding hides defects")
     if model.hidden_dropout or model.attention_dropout:

@@ -24,6 +24,8 @@ import torch
 import torch.distributed as dist
 
 from parallel.config import ParallelConfig
+from parallel.deepspeed_config import DeepSpeedConfig, EngineKind
+from parallel.deepspeed_library import library
 from pretrain.config import PretrainConfig
 from pretrain.parity import (
     OPTIMIZER,
@@ -61,7 +63,11 @@ def verify(small: Shrunk, *, timeout: float) -> list[Difference]:
         return merge(run_ranks(1, exercise, one_process, timeout))
 
     exercise, expected = without_near_ties(exercise, alone)
-    ranks = run_ranks(small.world_size, exercise, small.config.parallel, timeout)
+    deepspeed = None
+    if small.config.engine is EngineKind.deepspeed:
+        library()  # imported once, for all that are forked
+        deepspeed = small.config.deepspeed
+    ranks = run_ranks(small.world_size, exercise, small.config.parallel, timeout, deepspeed)
     return compare(merge(ranks), expected)
 
 
@@ -128,7 +134,11 @@ def report(config: PretrainConfig, small: Shrunk, *, timeout: float) -> bool:
 
 
 def run_ranks(
-    world_size: int, exercise: Exercise, parallel: ParallelConfig, timeout: float
+    world_size: int,
+    exercise: Exercise,
+    parallel: ParallelConfig,
+    timeout: float,
+    deepspeed: DeepSpeedConfig | None = None,
 ) -> list[RankRecord]:
     """`train_on_rank` in as many forked processes; what each recorded, by rank.
 
@@ -140,7 +150,8 @@ def run_ranks(
         folder = Path(name)
         processes = [
             _FORK.Process(
-                target=_rank, args=(folder, rank, world_size, exercise, parallel, timeout)
+                target=_rank,
+                args=(folder, rank, world_size, exercise, parallel, timeout, deepspeed),
             )
             for rank in range(world_size)
         ]
@@ -198,6 +209,7 @@ def _rank(
     exercise: Exercise,
     parallel: ParallelConfig,
     timeout: float,
+    deepspeed: DeepSpeedConfig | None,
 ) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
     warnings.filterwarnings("ignore", module=r"megatron\.")  # about speed, from every rank
@@ -209,7 +221,7 @@ def _rank(
             world_size=world_size,
             timeout=timedelta(seconds=timeout),
         )
-        record = train_on_rank(exercise, parallel)
+        record = train_on_rank(exercise, parallel, deepspeed)
         (folder / f"{rank}.result").write_bytes(pickle.dumps(record))
         dist.barrier()  # nobody takes connections down that another rank still uses
     except BaseException:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from launch.schema import CONF, load
-from pretrain.config import validate
+from pretrain.config_rules import validate
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = {
@@ -30,6 +30,7 @@ LIGHT = [
     "models.parameter_count",
     "data.config",
     "pretrain.config",
+    "pretrain.config_rules",
     "pretrain.layouts",
     "pretrain.shrink",
     "launch.verify",

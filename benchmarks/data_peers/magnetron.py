@@ -22,7 +22,8 @@ from benchmarks.data_job import (
 from benchmarks.data_peers.measure import Loader, run
 from data.config import MixtureConfig, Weighting
 from data.language_mixture import LanguageMixture
-from data.token_store import TokenStore, TokenStoreWriter
+from data.store_writer import TokenStoreWriter
+from data.token_store import TokenStore
 
 
 class MagnetronLoader(Loader):

@@ -8,12 +8,13 @@ attention: without Transformer Engine it materialises the scores of every head.
 import importlib.metadata
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed
 from torch import Tensor
 
-from benchmarks.jobs import ADAM_BETAS, CLIP_GRAD, LEARNING_RATE, WEIGHT_DECAY
+from benchmarks.jobs import ADAM_BETAS, CLIP_GRAD, LEARNING_RATE, WEIGHT_DECAY, Job
 from benchmarks.peers.measure import StepMeter, make_batch, parse_arguments
 from parallel.megatron import (
     DistributedDataParallel,
@@ -31,15 +32,8 @@ from megatron.core.models.gpt import GPTModel  # isort: skip
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec  # isort: skip
 
 
-def main() -> None:
-    arguments = parse_arguments()
-    job = arguments.job
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
-        os.environ.setdefault(name, value)
-    torch.distributed.init_process_group("gloo")
-    parallel_state.initialize_model_parallel()
-    tensor_parallel.model_parallel_cuda_manual_seed(0)
-
+def build(job: Job) -> tuple[GPTModel, DistributedDataParallel, Any]:
+    """The model, the model in its data-parallel wrapper, and the optimizer."""
     config = TransformerConfig(
         num_layers=job.num_layers,
         hidden_size=job.hidden_size,
@@ -75,6 +69,18 @@ def main() -> None:
         ),
         [model],
     )
+    return gpt, model, optimizer
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    job = arguments.job
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
+        os.environ.setdefault(name, value)
+    torch.distributed.init_process_group("gloo")
+    parallel_state.initialize_model_parallel()
+    tensor_parallel.model_parallel_cuda_manual_seed(0)
+    gpt, model, optimizer = build(job)
 
     batch = make_batch(job)
     positions = torch.arange(job.seq_length)[None].expand(batch[0].shape)

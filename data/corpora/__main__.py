@@ -12,6 +12,7 @@ from data.corpora.files import whole_file
 from data.corpora.output import read_manifest
 from data.corpora.packages import PackageError
 from data.corpora.tiers import SOURCES, TIERS
+from data.interrupted import say_interrupted
 
 
 def default_cache() -> Path:
@@ -135,4 +136,5 @@ def _stats(arguments: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
+    say_interrupted()
     sys.exit(main())

@@ -22,10 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.corpora import filters, languages, packages
-from data.corpora.files import sync_folder, write_text
+from data.corpora.files import write_text
 from data.corpora.filters import English, Pages, kept_pages
 from data.corpora.packages import BrokenPackageError, Package, sha256_of
 from data.corpora.tiers import Source
+from data.durable_files import sync_folder
 
 
 @dataclass(frozen=True)

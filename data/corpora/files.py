@@ -7,17 +7,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TextIO
 
+from data.durable_files import sync_folder
+
 PARTIAL = ".partial"  # no reader of a corpus takes a file with this ending
 LOCK = ".lock"
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes renames in a folder outlast a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -39,6 +32,29 @@ def whole_file(path: Path) -> Iterator[TextIO]:
 def write_text(path: Path, text: str) -> None:
     with whole_file(path) as file:
         file.write(text)
+
+
+def check_writable(setting: str, path: Path) -> None:
+    """Raises ValueError, naming the setting, where `write_text` could not write the file; makes
+    its folder and a file there to see, and leaves neither behind."""
+    made = [place for place in path.parents if not os.path.exists(place)]
+    probe = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        there = next((place for place in path.parents if os.path.exists(place)), path)
+        reason = error.strerror if there.is_dir() else f"{there} is a file"
+        raise ValueError(
+            f"{setting}: cannot be written ({reason}); choose another place"
+        ) from error
+    finally:
+        for place in made:
+            with contextlib.suppress(OSError):
+                place.rmdir()
+    if path.is_dir():
+        raise ValueError(f"{setting}: {path} is a folder; name a file")
 
 
 @contextlib.contextmanager

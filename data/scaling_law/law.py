@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import yaml  # type: ignore[import-untyped]
 from numpy.typing import ArrayLike
-from scipy.special import ndtr, ndtri  # type: ignore[import-untyped]
 
 from data.scaling_law.yaml_file import read_yaml, write_yaml
 
@@ -309,6 +308,9 @@ def _mixture_quantile(centres: np.ndarray, std: float, probability: float) -> fl
     """The x below which `probability` of the mean of normal distributions lies."""
     if std == 0:
         return float(np.quantile(centres, probability))
+    # not above: every start of a run imports this file, and scipy takes 0.2 CPU seconds
+    from scipy.special import ndtr, ndtri  # type: ignore[import-untyped]
+
     tail = std * float(ndtri(probability))
     below, above = float(centres.min()) + tail, float(centres.max()) + tail
     for _ in range(60):  # halves the distance to below the last bit

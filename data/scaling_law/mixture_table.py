@@ -17,7 +17,7 @@ import numpy as np
 from data.plan import short
 from data.sampling_weights import proportional, scaling_law_objective, temperature, uniform, unimax
 from data.scaling_law.law import ScalingLaw
-from data.scaling_law.optimum import Goal, Optimum
+from data.scaling_law.optimum import Goal, Optimum, optimal_ratios
 
 Interval = tuple[float, float]
 OPTIMUM = "optimum"
@@ -90,12 +90,12 @@ def compare_mixtures(
     is that of the resamples' own optima, where a family whose γ came out below 0 gets as little as
     the bounds allow. Raises ValueError as `optimal_ratios`.
     """
-    optimum, resamples = goal.optimum(law), resampled_laws(law)
+    optimum, resamples = optimal_ratios(law, goal), resampled_laws(law)
 
     def of(name: str, ratios: Mapping[str, float]) -> Mixture:
         return _mixture(name, ratios, law, resamples, goal, optimum, level)
 
-    optima = [goal.optimum(_rising(one)).ratios for one in resamples]
+    optima = [optimal_ratios(_rising(one), goal).ratios for one in resamples]
     return MixtureTable(
         goal=goal,
         level=level,

@@ -1,7 +1,7 @@
 """Which ratios of the families give the lowest loss, by a fitted law.
 
-    optimum = optimal_ratios(law, num_parameters, tokens, Objective.normalized, at_least=0.02)
-    optimum.ratios["germanic"]
+    goal = Goal(num_parameters=1e9, tokens=2e10, at_least=0.02)
+    optimal_ratios(law, goal).ratios["germanic"]
 
 The law is that of arXiv 2410.12883, L_f(N, D, p_f) = L_f*(N, D) p_f^-γ_f with L_f* the loss of a
 model trained on family f alone. Minimised is Σ_f w_f L_f over ratios that sum to 1; the problem is
@@ -47,57 +47,31 @@ class Optimum:
 
 @dataclass(frozen=True, kw_only=True)
 class Goal:
-    """What a mixture is wanted for: the arguments of `optimal_ratios` without the law."""
+    """What a mixture is wanted for."""
 
     num_parameters: float  # N, without the embedding
     tokens: float  # D, of the whole mixture
     objective: Objective = Objective.normalized
-    weights: Mapping[str, float] | None = None  # w, with Objective.weights
-    at_least: float | Mapping[str, float] = 0.0  # smallest ratio
-    supply: Mapping[str, float] | None = None  # tokens of text, by family
-    max_epochs: float | None = None  # most passes over it
+    # w_f, with Objective.weights and only there; families not named count 1
+    weights: Mapping[str, float] | None = None
+    at_least: float | Mapping[str, float] = 0.0  # smallest ratio, of every family or by family
+    # tokens of text by family, and how often they may be seen: p_f <= max_epochs supply_f / D.
+    # What a family may not take goes to the others, to each until it is worth as much as to the
+    # next.
+    supply: Mapping[str, float] | None = None
+    max_epochs: float | None = None
 
     def check(self, families: Sequence[str]) -> None:
         """Raises ValueError, as `optimal_ratios` would, before there is a law."""
-        bounds(
-            families,
-            self.tokens,
-            self.objective,
-            self.weights,
-            self.at_least,
-            self.supply,
-            self.max_epochs,
-        )
-
-    def optimum(self, law: ScalingLaw) -> Optimum:
-        return optimal_ratios(law, **vars(self))
+        bounds(families, self)
 
     def value(self, law: ScalingLaw, ratios: Mapping[str, float]) -> float:
         """Σ w_f L_f of any ratios; infinite where one is 0."""
-        losses = weighted_losses(
-            law, self.num_parameters, self.tokens, self.objective, self.weights
-        )
-        return scaling_law_objective(ratios, law.gamma, losses)
+        return scaling_law_objective(ratios, law.gamma, weighted_losses(law, self))
 
 
-def optimal_ratios(
-    law: ScalingLaw,
-    num_parameters: float,
-    tokens: float,
-    objective: Objective = Objective.normalized,
-    *,
-    weights: Mapping[str, float] | None = None,
-    at_least: float | Mapping[str, float] = 0.0,
-    supply: Mapping[str, float] | None = None,
-    max_epochs: float | None = None,
-) -> Optimum:
+def optimal_ratios(law: ScalingLaw, goal: Goal) -> Optimum:
     """The ratios that minimise Σ_f w_f L_f(N, D, p_f), under bounds.
-
-    num_parameters: N, without the embedding. tokens: D, of the whole mixture. weights: w_f, with
-    Objective.weights and only there; families not named count 1. at_least: the smallest ratio, of
-    every family or by family. supply, max_epochs: the family's tokens of text, and how often they
-    may be seen, so that p_f <= max_epochs supply_f / D; what a family may not take goes to the
-    others, to each until it is worth as much as to the next.
 
     Raises ValueError, with all problems, for a γ that is not above 0, for weights or supply of
     unknown families or not above 0, for bounds that leave no ratios, and for a supply that is too
@@ -110,8 +84,8 @@ def optimal_ratios(
             f"gamma of {', '.join(flat)}: by this fit more of a family's text does not lower its "
             "loss, so that no ratio is best. Add runs at other ratios of it, or more seeds"
         )
-    low, high = bounds(list(gamma), tokens, objective, weights, at_least, supply, max_epochs)
-    losses = weighted_losses(law, num_parameters, tokens, objective, weights)
+    low, high = bounds(list(gamma), goal)
+    losses = weighted_losses(law, goal)
     ratios = scaling_law_optimum(gamma, losses, low, high)
     at_bounds = {f: "supply" for f, cap in high.items() if ratios[f] == cap}
     at_bounds |= {f: "at_least" for f, least in low.items() if ratios[f] == least > 0}
@@ -126,44 +100,32 @@ def optimal_ratios(
     )
 
 
-def weighted_losses(
-    law: ScalingLaw,
-    num_parameters: float,
-    tokens: float,
-    objective: Objective,
-    weights: Mapping[str, float] | None = None,
-) -> dict[str, float]:
+def weighted_losses(law: ScalingLaw, goal: Goal) -> dict[str, float]:
     """w_f L_f*(N, D) by family."""
-    if objective is Objective.normalized:
+    if goal.objective is Objective.normalized:
         return dict.fromkeys(law.families, 1.0)
-    losses = law.single_family_losses(num_parameters, tokens)
-    return {family: (weights or {}).get(family, 1.0) * loss for family, loss in losses.items()}
+    losses = law.single_family_losses(goal.num_parameters, goal.tokens)
+    weights = goal.weights or {}
+    return {family: weights.get(family, 1.0) * loss for family, loss in losses.items()}
 
 
-def bounds(
-    families: Sequence[str],
-    tokens: float,
-    objective: Objective = Objective.normalized,
-    weights: Mapping[str, float] | None = None,
-    at_least: float | Mapping[str, float] = 0.0,
-    supply: Mapping[str, float] | None = None,
-    max_epochs: float | None = None,
-) -> tuple[dict[str, float], dict[str, float]]:
+def bounds(families: Sequence[str], goal: Goal) -> tuple[dict[str, float], dict[str, float]]:
     """Lowest ratio of every family, and highest of those whose text does not last for more.
 
     The rest of what `optimal_ratios` is asked for is checked too, so that it can be refused before
     there is a law. Raises ValueError with all problems.
     """
-    problems = _weight_problems(families, objective, weights)
+    problems = _weight_problems(families, goal)
+    at_least, supply, max_epochs = goal.at_least, goal.supply, goal.max_epochs
     floors = at_least if isinstance(at_least, Mapping) else dict.fromkeys(families, at_least)
     problems += _floor_problems(families, floors)
-    problems += _supply_problems(families, tokens, supply, max_epochs)
+    problems += _supply_problems(families, goal)
     if problems:
         raise ValueError("\n".join(problems))
     low = dict.fromkeys(families, 0.0) | dict(floors)
     if supply is None or max_epochs is None:
         return low, {}
-    high = {family: max_epochs * n / tokens for family, n in supply.items()}
+    high = {family: max_epochs * n / goal.tokens for family, n in supply.items()}
     crossed = [
         f"at_least of {family}={low[family]:g}: {max_epochs:g} epochs of its {supply[family]:.6g} "
         f"tokens are {cap:.4g} of the mixture; lower the one or raise the other"
@@ -185,9 +147,8 @@ def _marginal(
     return losses[family] * gamma[family] * ratios[family] ** (-gamma[family] - 1)
 
 
-def _weight_problems(
-    families: Sequence[str], objective: Objective, weights: Mapping[str, float] | None
-) -> list[str]:
+def _weight_problems(families: Sequence[str], goal: Goal) -> list[str]:
+    objective, weights = goal.objective, goal.weights
     if (weights is not None) != (objective is Objective.weights):
         return [
             f"objective={objective.value} and weights={weights}: the objective `weights` needs "
@@ -213,12 +174,8 @@ def _floor_problems(families: Sequence[str], floors: Mapping[str, float]) -> lis
     return problems
 
 
-def _supply_problems(
-    families: Sequence[str],
-    tokens: float,
-    supply: Mapping[str, float] | None,
-    max_epochs: float | None,
-) -> list[str]:
+def _supply_problems(families: Sequence[str], goal: Goal) -> list[str]:
+    tokens, supply, max_epochs = goal.tokens, goal.supply, goal.max_epochs
     problems = []
     if supply is not None:
         problems += _wrong_names("supply", supply, families) + _not_positive("supply", supply)

@@ -20,7 +20,7 @@ LEAST_RATIOS = 3  # mixtures of a grid: two ratios of a family for γ, one to ch
 
 
 class Device(Enum):
-    """What a run's time is counted in."""
+    """What each process of a run has, and its time is counted in."""
 
     cpu_core = "cpu_core"
     gpu = "gpu"
@@ -100,10 +100,10 @@ class SweepConfig:
     budget_flops: float | None = None  # training FLOPs of all runs together; None: no limit
     # whether the runs must be enough to fit the law; false for runs that add to another sweep
     must_determine_law: bool = True
-    # What one device really does, for the estimate of time; the peak times the utilisation.
+    # What one process really does, for the estimate of time; the peak times the utilisation.
     flops_per_second: float = 1e10
-    device: Device = Device.cpu_core
-    devices_per_run: int = 1
+    device: Device = Device.cpu_core  # that a process has: one GPU, or a core for each --threads
+    processes_per_run: int = 1  # ranks of a run; its layout must allow so many
     startup_seconds: float = 20.0  # of a run: imports, opening data, pictures at the end
     save_minutes: float = 1.0  # between two checkpoints, by the estimate; finished runs keep none
 
@@ -237,7 +237,7 @@ class SweepConfig:
         above_0 = {
             "flops_per_second": self.flops_per_second,
             "save_minutes": self.save_minutes,
-            "devices_per_run": self.devices_per_run,
+            "processes_per_run": self.processes_per_run,
         }
         if self.budget_flops is not None:
             above_0["budget_flops"] = self.budget_flops
@@ -293,9 +293,9 @@ def make_sweep(
 ) -> SweepConfig:
     """The sweep of these plain values. Raises ValueError naming `where`."""
     try:
-        schema = OmegaConf.structured(SweepConfig)
-        merged = OmegaConf.merge(schema, _floats(dict(values)), _floats(dict(changes or {})))
-        sweep = OmegaConf.to_object(merged)
+        # the plain values first: OmegaConf cannot merge into a typed dict of dicts that has content
+        plain = OmegaConf.merge(_floats(dict(values)), _floats(dict(changes or {})))
+        sweep = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SweepConfig), plain))
     except (OmegaConfBaseException, ValueError) as error:
         lines = str(error).strip().splitlines()
         # OmegaConf's lines below the first repeat it; ours are a problem each

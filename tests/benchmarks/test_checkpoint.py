@@ -21,13 +21,18 @@ def test_ratios_are_taken_round_by_round() -> None:
 
 
 @pytest.mark.parametrize(
-    ("stall", "copy", "expected"),
-    [(0.04, 0.03, "below 5%"), (0.1, 0.06, "the copy alone is more"), (0.1, 0.01, "not for the")],
+    ("stall", "copies", "expected"),
+    [
+        (0.04, 2.0, "below 5%"),
+        (0.2, 1.05, "20.0% of a"),
+        (0.2, 1.05, "bound by memory"),
+        (0.1, 2.0, "not for"),
+    ],
 )
 def test_the_verdict_says_what_the_stall_is_bound_by(
-    stall: float, copy: float, expected: str
+    stall: float, copies: float, expected: str
 ) -> None:
-    assert expected in verdict({"stall / synchronous": stall, "copy / synchronous": copy})
+    assert expected in verdict({"stall / synchronous": stall, "stall / copy": copies})
 
 
 @pytest.mark.parametrize("millions", [1, 50, 200])

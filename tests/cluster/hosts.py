@@ -17,7 +17,6 @@ import subprocess
 import tempfile
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import IO
 
 _NETWORK = "10.77.0"
@@ -71,12 +70,7 @@ class Hosts:
             _ip("-n", space, "link", "set", "lo", "up")
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for name in self.names:
             with suppress(subprocess.CalledProcessError):
                 self.kill(name)

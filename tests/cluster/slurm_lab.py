@@ -18,9 +18,10 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, closing, suppress
+from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
+
+from tests.ports import free_ports
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "setpriv")
 PARTITION = "main"
@@ -105,12 +106,7 @@ class SlurmLab:
             raise
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
 
     def run(self, *command: str, check: bool = True, cwd: Path | None = None) -> str:
@@ -235,14 +231,6 @@ class SlurmLab:
                     environment = (folder / "environ").read_bytes().split(b"\0")
                     if {word.encode() for word in words} <= set(environment):
                         yield int(folder.name)
-
-
-def free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(closing(socket.socket())) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
 
 
 def _which(program: str) -> str | None:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.recovery import workers_of
 from pretrain.events import read_events
 from pretrain.tracker import read_metrics
 from tests.cluster.hosts import Hosts, why_not
@@ -59,15 +60,6 @@ def between_two_saves(run_dir: Path) -> bool:
     return step > SAVE_INTERVAL and 2 <= step % SAVE_INTERVAL <= 6
 
 
-def worker(agent: int, rank: int) -> int:
-    """The process that torchrun's agent started as this rank."""
-    children = Path(f"/proc/{agent}/task/{agent}/children").read_text().split()
-    for pid in children:
-        if f"RANK={rank}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
-            return int(pid)
-    raise AssertionError(f"no rank {rank} among {children}")
-
-
 @contextmanager
 def killed_with_its_children(process: subprocess.Popen[str]) -> Iterator[None]:
     try:
@@ -110,7 +102,7 @@ def test_torchrun_restarts_after_a_killed_rank_and_the_run_goes_on(tmp_path: Pat
         )
         with killed_with_its_children(process):
             wait_for(lambda: between_two_saves(run_dir), 300, process)
-            victim = worker(process.pid, rank=1)
+            victim = workers_of(process.pid)[1]
             os.kill(victim, signal.SIGKILL)
             killed = time.time()
             before = losses(run_dir)

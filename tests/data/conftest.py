@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.token_store import TokenStore, TokenStoreWriter
-from data.tokenize_corpus import DEMO_CORPUS, DEMO_TOKENIZER, prepare_stores
+from data.store_cache import prepare_stores
+from data.store_writer import TokenStoreWriter
+from data.token_store import TokenStore
+from data.tokenize_corpus import DEMO_CORPUS, DEMO_TOKENIZER
 from data.tokenizer import Tokenizer, load_tokenizer
 
 

@@ -13,15 +13,9 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from data.corpus import (
-    BadDocument,
-    Document,
-    ReadOptions,
-    corpus_files,
-    parse_block,
-    read_blocks,
-    read_documents,
-)
+from data.corpus import corpus_files, read_blocks, read_documents
+from data.documents import BadDocument, Document, ReadOptions
+from data.parse_documents import parse_block
 
 RECORD = {"text": "Ein Satz.", "language": "de", "doc_id": "1"}
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {

@@ -1,11 +1,9 @@
 """The text that ships with the package, and the program that made it."""
 
 import gzip
-import io
 import json
 import re
 import struct
-import tarfile
 import unicodedata
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -16,6 +14,7 @@ from data import build_demo
 from data.corpus import read_documents
 from data.language_families import family_of
 from data.tokenize_corpus import DEMO, DEMO_CORPUS
+from tests.data.corpora.made import deb, pak
 
 
 def test_demo_is_wide_and_parallel() -> None:
@@ -56,35 +55,6 @@ def test_demo_brings_its_licence() -> None:
     with gzip.open(DEMO_CORPUS) as file:
         file.read(1)
         assert file.mtime == 0  # the same text gives the same bytes
-
-
-def pak(strings: dict[int, str], aliases: dict[int, int] | None = None) -> bytes:
-    """A .pak, version 5, UTF-8; aliases: resource -> place in the table."""
-    aliases = aliases or {}
-    encoded = {key: value.encode() for key, value in sorted(strings.items())}
-    head = struct.pack("<IB3xHH", 5, 1, len(encoded), len(aliases))
-    at = len(head) + 6 * (len(encoded) + 1) + 4 * len(aliases)
-    table = b""
-    for key, value in [*encoded.items(), (0, b"")]:
-        table += struct.pack("<HI", key, at)
-        at += len(value)
-    table += b"".join(struct.pack("<HH", key, place) for key, place in aliases.items())
-    return head + table + b"".join(encoded.values())
-
-
-def deb(path: Path, files: dict[str, bytes], data_name: str = "data.tar.xz") -> Path:
-    archive = io.BytesIO()
-    with tarfile.open(fileobj=archive, mode="w:xz") as tar:
-        for name, content in files.items():
-            member = tarfile.TarInfo("./" + name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    content = b"!<arch>\n"
-    for name, part in (("debian-binary", b"2.0"), (data_name, archive.getvalue())):
-        content += f"{name:<16}{'0':<12}{'0':<6}{'0':<6}{'644':<8}{len(part):<10}`\n".encode()
-        content += part + b"\n" * (len(part) % 2)
-    path.write_bytes(content)
-    return path
 
 
 COPYRIGHT = """Files: *
@@ -155,7 +125,7 @@ def test_packages_that_will_not_do(tmp_path: Path) -> None:
     other = tmp_path / "other.deb"
     other.write_bytes(b"no archive")
     fails("not a Debian package", other)
-    fails("no data.tar in it", deb(other, {}, data_name="control.tar.xz"))
+    fails("no data.tar in it", deb(other, {}, archive="control.tar"))
     fails("no strings for am, ar, bn", deb(other, {}))
     fails("30 documents of parallel sentences, 33 wanted", deb(other, package_files(240)))
     files = package_files()

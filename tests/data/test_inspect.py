@@ -13,7 +13,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from data.config import DataConfig
 from data.inspect import main, printable, token_texts
 from data.open_mixture import open_mixture
-from data.tokenize_corpus import open_stores
+from data.store_folder import open_stores
 from data.tokenizer import Tokenizer, load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]

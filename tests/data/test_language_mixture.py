@@ -1,3 +1,5 @@
+import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -357,6 +359,21 @@ def test_fingerprint_follows_what_the_stream_depends_on(stores: list[TokenStore]
     ):
         differences = stream_differences(base, changed.fingerprint(), 10)
         assert any(found.startswith(line) for found in differences), differences
+
+
+def test_differences_do_not_bury_their_reason(stores: list[TokenStore]) -> None:
+    base = mixture_of(stores).fingerprint()
+    longer = LanguageMixture(stores, 64, MixtureConfig(), 1).fingerprint()
+    assert stream_differences(base, longer, 10) == ["seq_length: was 32, is 64"]
+    lines = stream_differences(base, mixture_of(stores, alpha=0.3).fingerprint(), 10)
+    assert len(lines) == 4 and lines[3] == f"... and {len(SIZES) - 3} more"
+    assert re.fullmatch(r"share of de from sample 0: was 0\.\d{4}, is 0\.\d{4}", lines[0])
+    nearly = json.loads(json.dumps(base))
+    nearly["ratios"][0]["shares"]["de"] *= 1 + 1e-9
+    (line,) = stream_differences(base, nearly, 10)
+    assert re.fullmatch(r"share of de from sample 0: was 0\.\d{9,}, is 0\.\d{9,}", line)
+    gone = stream_differences(base, base | {"stores": {}}, 10)
+    assert len(gone) == 4 and gone[0].endswith("is not there")
 
 
 def test_mixture_refuses(make_store: Callable[..., TokenStore]) -> None:

@@ -57,6 +57,17 @@ def test_not_prepared(tmp_path: Path) -> None:
         open_data(DataConfig(cache_dir=str(tmp_path)), 64)
 
 
+def test_a_corpus_that_needs_options_a_run_has_not(tmp_path: Path) -> None:
+    (tmp_path / "text.jsonl").write_text('{"text": "Ein Satz."}\n')
+    with pytest.raises(ValueError) as refused:
+        prepare(DataConfig(corpus=str(tmp_path / "text.jsonl"), cache_dir=str(tmp_path / "cache")))
+    said = str(refused.value)
+    assert "language of all such text (--language of python -m data.tokenize)" in said
+    assert said.endswith(
+        "--skip-bad N of python -m data.tokenize, whose --out is then data.store_dir"
+    )
+
+
 def test_cache_folder_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder = prepare(DataConfig(languages=["de"]))

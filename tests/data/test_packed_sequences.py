@@ -14,7 +14,8 @@ from data.packed_sequences import (
     permute,
 )
 from data.packing_config import PackingConfig, PackingMode
-from data.token_store import TokenStore, TokenStoreWriter
+from data.store_writer import TokenStoreWriter
+from data.token_store import TokenStore
 
 
 def read(sequences: PackedSequences, number: int) -> tuple[list[int], int]:

@@ -193,7 +193,7 @@ def test_the_command(demo_folder: Path, tmp_path: Path, capsys: pytest.CaptureFi
 def test_a_broken_cap_is_exit_status_1(
     demo_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = [str(demo_folder), "--tokens", "4e7", "--seq-length", "64"]
+    words = [str(demo_folder), "--tokens", "40M", "--seq-length", "64"]
     assert main([*words, "data.mixture.max_epochs=1000"]) == 0
     assert "No epoch cap is broken." in capsys.readouterr().out
     assert main([*words, "data.mixture.max_epochs=10"]) == 1
@@ -246,7 +246,17 @@ def test_a_file_of_mixture_settings(
         (["data.mixture.alfa=1"], "did you mean data.mixture.alpha"),
         (["data.train_steps=1"], "there is no setting data.train_steps; did you mean train.train"),
         (["data.seq_length=long"], "data.seq_length=long: data.seq_length does not fit: Value"),
-        (["data.languages=[de,gr]"], "has no training store of gr; it has am, ar, "),
+        (["data.languages=[de,gr]"], "has no training store of gr. It has am, ar, "),
+        (
+            ["data.languages=[deu,german,rus]"],
+            "of deu, german, rus; did you mean de for deu, ",
+        ),
+        (["data.mixture.drop_languages=[rus]"], "names rus; did you mean ru? The data has"),
+        (
+            ["data.mixture.language_max_epochs.deu=1"],
+            "names deu; did you mean de? The data has",
+        ),
+        (["--tokens", "200x"], "error: --tokens 200x: must be a number above 0, such as 300B"),
         (["data.families=branches"], "there is no such grouping; did you mean branch?"),
         (["data.mixture.alpha=-1"], "data.mixture.alpha=-1.0: must be a number of at least 0"),
         (["optimizer.lr=1"], "the stream of samples does not depend on optimizer.lr"),
@@ -265,7 +275,7 @@ def test_settings_that_do_not_fit(
     demo_folder: Path, capsys: pytest.CaptureFixture[str], words: list[str], says: str
 ) -> None:
     words = [str(demo_folder), "--seq-length", "64", *words]
-    if "--samples" not in words:
+    if not {"--samples", "--tokens"} & {*words}:
         words += ["--samples", "10"]
     assert main(words) == 2
     err = capsys.readouterr().err
@@ -285,7 +295,7 @@ def test_what_must_be_said(
     (tmp_path / "20260101").mkdir()
     (tmp_path / "20260101" / "config.yaml").write_text("{}")
     assert main(["--run", str(tmp_path)]) == 2
-    assert "there is one in 20260101 below it" in capsys.readouterr().err
+    assert f"; it holds runs: {tmp_path / '20260101'}; name one of them" in capsys.readouterr().err
 
 
 def test_ten_billion_samples_without_torch(demo_folder: Path) -> None:

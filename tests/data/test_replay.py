@@ -97,6 +97,10 @@ def test_no_run_and_data_that_has_ended(
 ) -> None:
     assert replay.main([str(tmp_path / "none"), "--step", "1"]) == 2
     assert "no run folder" in capsys.readouterr().err
+    assert replay.main([str(run_dir.parent), "--step", "1"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("python -m data.replay: error: ")
+    assert f"it holds runs: {run_dir}; name one of them" in said
     settings = yaml.safe_load((run_dir / "config.yaml").read_text())
     settings["data"]["mixture"] = {"max_epochs": 1.0, "when_exhausted": "stop"}
     (run_dir / "config.yaml").write_text(yaml.safe_dump(settings))

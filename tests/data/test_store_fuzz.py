@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.token_store import DATA_SUFFIXES, TokenStoreWriter
+from data.store_format import DATA_SUFFIXES
+from data.store_writer import TokenStoreWriter
 from data.verify import verify_stores
 
 SUFFIXES = (*DATA_SUFFIXES, ".sums", ".json")

@@ -17,7 +17,10 @@ import numpy as np
 import pytest
 import torch
 
-from data.token_store import TokenStore, TokenStoreWriter, adopt, dtype_for
+from data.adopt_store import adopt
+from data.store_format import dtype_for
+from data.store_writer import TokenStoreWriter
+from data.token_store import TokenStore
 
 DOCUMENTS = [[5, 6, 7], [], [8], list(range(100, 200))]
 ABOUT: dict[str, Any] = {
@@ -100,7 +103,7 @@ def test_we_read_megatrons(megatron: ModuleType, tmp_path: Path, dtype: type) ->
     builder.add_document(torch.tensor([6, 7, 0]), [3])
     builder.finalize(str(tmp_path / "de.idx"))
 
-    with pytest.raises(FileNotFoundError, match=r"data.token_store.adopt"):
+    with pytest.raises(FileNotFoundError, match=r"data.adopt_store.adopt"):
         TokenStore(tmp_path / "de")
     with pytest.raises(ValueError, match="id 7 is outside the vocabulary of 7, at token 7"):
         adopt(tmp_path / "de", vocab_size=7, **ABOUT)
@@ -256,7 +259,8 @@ PREAMBLE = """
 import os, random, resource, signal, sys, time
 from pathlib import Path
 import numpy as np
-from data.token_store import TokenStore, TokenStoreWriter
+from data.store_writer import TokenStoreWriter
+from data.token_store import TokenStore
 
 def writer(prefix):
     return TokenStoreWriter(

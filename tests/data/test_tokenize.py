@@ -4,6 +4,7 @@ import errno
 import json
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,9 @@ from data import tokenize, tokenize_corpus
 from data.folder_lock import FolderLock
 from data.token_store import TokenStore
 from data.tokenize import describe, main, table
-from data.tokenize_corpus import DEMO_TOKENIZER, Progress
+from data.tokenize_corpus import DEMO_TOKENIZER
+from data.tokenize_progress import Progress
+from tests.disks import small_disk
 
 
 @pytest.fixture
@@ -114,7 +117,7 @@ def test_twice_is_once(folder: Path, capsys: pytest.CaptureFixture[str]) -> None
         (["--validation-fraction", "1e-9"], "--validation-fraction 1e-09 leaves none of the 80"),
         (["--workers", "0"], "--workers 0: must be at least 1"),
         (["--skip-bad", "-1"], "--skip-bad -1: must be at least 0"),
-        (["--languages", "tlh"], "--languages: tlh is not in text.jsonl, which has de, fr"),
+        (["--languages", "tlh"], "--languages: tlh is not in text.jsonl. There are de, fr"),
         (["--tokenizer", "none.json"], "--tokenizer none.json: no such file"),
         (["--eod-token", "<end>"], "has none of <end>; set --eod-token to the token that"),
         (
@@ -160,6 +163,19 @@ def test_a_full_disk_is_told_once(
     assert said.count("finished work is kept") == 1
 
 
+def test_a_disk_without_any_room(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Not even the lock fits: there is no work that was kept, and no folder to name."""
+    with small_disk(folder / "disk", "1m") as disk:
+        with suppress(OSError), open(disk / "fills", "wb") as file:
+            file.write(bytes(2 << 20))
+        assert main([*COMMAND, "--out", "disk/stores"]) == 2
+        assert [path.name for path in disk.iterdir()] == ["fills"]
+    assert capsys.readouterr().err == (
+        "error: No space left on device while token stores were written to disk; make room and run "
+        "again; nothing incomplete is in disk/stores\n"
+    )
+
+
 def test_two_writers(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with FolderLock(folder / ".building-stores"):
         assert main([*COMMAND, "--out", "stores"]) == 2
@@ -177,6 +193,7 @@ def test_what_is_kept_is_told(
     assert main(command) == 2
     said = capsys.readouterr().err
     assert "more/b.jsonl, line 1: not a line of JSON" in said
+    assert "leave out up to N bad documents with --skip-bad N [" in said
     assert said.endswith(
         "[finished work is kept in .building-stores; the same command goes on there]\n"
     )

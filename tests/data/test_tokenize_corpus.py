@@ -14,25 +14,21 @@ from pathlib import Path
 import psutil
 import pytest
 
-from data import tokenize_corpus
+from data import store_cache, tokenize_corpus
 from data.corpus import read_documents
 from data.folder_lock import FolderBusyError, FolderLock
+from data.store_cache import prepare_stores, stores_folder
+from data.store_folder import is_complete, open_stores, read_manifest
 from data.token_parts import PartBuilder, read_header
 from data.tokenize_corpus import (
     DEMO_CORPUS,
     DEMO_TOKENIZER,
-    BadDocumentError,
-    Progress,
     TokenizeOptions,
     differences,
-    is_complete,
-    is_validation,
-    open_stores,
-    prepare_stores,
-    read_manifest,
-    stores_folder,
     write_stores,
 )
+from data.tokenize_progress import BadDocumentError, Progress
+from data.tokenize_worker import is_validation
 from data.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -123,8 +119,8 @@ def test_large_files_are_hashed_once(
     line = json.dumps({"text": "x" * 1000, "language": "de", "doc_id": "1"}) + "\n"
     corpus.write_text(line * 1100)
     hashed = []
-    real = tokenize_corpus._sha256
-    monkeypatch.setattr(tokenize_corpus, "_sha256", lambda p: hashed.append(p) or real(p))
+    real = store_cache._sha256
+    monkeypatch.setattr(store_cache, "_sha256", lambda p: hashed.append(p) or real(p))
 
     first = stores_folder(corpus, tokenizer, tmp_path / "cache", 0.05)
     assert stores_folder(corpus, tokenizer, tmp_path / "cache", 0.05) == first
@@ -143,7 +139,8 @@ def test_large_files_are_hashed_once(
 PREPARE = """
 import sys
 from pathlib import Path
-from data.tokenize_corpus import DEMO_TOKENIZER, prepare_stores
+from data.store_cache import prepare_stores
+from data.tokenize_corpus import DEMO_TOKENIZER
 from data.tokenizer import load_tokenizer
 corpus, cache = map(Path, sys.argv[1:3])
 print(prepare_stores(corpus, load_tokenizer(DEMO_TOKENIZER), cache, 0.2))
@@ -279,9 +276,9 @@ def test_a_killed_run_goes_on_where_it_was(
     assert len(there) >= 20
 
     made = set()
-    real = tokenize_corpus._make_part
+    real = tokenize_corpus.make_part
     monkeypatch.setattr(
-        tokenize_corpus, "_make_part", lambda block, path: made.add(path) or real(block, path)
+        tokenize_corpus, "make_part", lambda block, path: made.add(path) or real(block, path)
     )
     seen: list[Progress] = []
     write_stores(
@@ -312,9 +309,9 @@ def test_a_mended_corpus_costs_only_what_was_mended(
 
     corpus.write_text("\n".join([*lines[:39], "  ", lines[39]]))
     made = []
-    real = tokenize_corpus._make_part
+    real = tokenize_corpus.make_part
     monkeypatch.setattr(
-        tokenize_corpus, "_make_part", lambda block, path: made.append(path) or real(block, path)
+        tokenize_corpus, "make_part", lambda block, path: made.append(path) or real(block, path)
     )
     write_stores(corpus, tokenizer, tmp_path / "out", 0.2)
     assert len(made) == 1 and not there & set(made)
@@ -528,7 +525,7 @@ def test_damaged_parts_are_made_anew(
 
 
 def test_a_part_that_vanishes(tokenizer: Tokenizer, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(tokenize_corpus, "_make_part", lambda block, path: [])
+    monkeypatch.setattr(tokenize_corpus, "make_part", lambda block, path: [])
     with pytest.raises(OSError, match="this piece of the work has vanished; run the command again"):
         write_stores(DEMO_CORPUS, tokenizer, tmp_path / "out", 0.05)
 
@@ -616,7 +613,7 @@ def test_a_language_without_a_split_is_told(
 def test_languages_select(demo_folder: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
     assert [s.language for s in open_stores(demo_folder, "train", ["hi", "de"])] == ["de", "hi"]
     assert open_stores(demo_folder, "test") == []
-    with pytest.raises(ValueError, match="no training store of tlh; it has am, ar"):
+    with pytest.raises(ValueError, match=r"no training store of tlh\. It has am, ar"):
         open_stores(demo_folder, "train", ["tlh"])
     folder = prepare_stores(DEMO_CORPUS, tokenizer, tmp_path, 0.05, ["hi", "de"])
     assert sorted(p.name for p in (folder / "train").glob("*.bin")) == ["de.bin", "hi.bin"]

@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from data.corpus import Document, read_documents
-from data.tokenize_corpus import DEMO_CORPUS
+from data import tokenizer_report
+from data.corpora.files import check_writable
+from data.corpus import read_documents
+from data.documents import Document
+from data.tokenize_corpus import DEMO_CORPUS, DEMO_TOKENIZER
 from data.tokenizer import load_tokenizer
 from data.train_tokenizer import (
     PASSAGE_CHARACTERS,
@@ -160,6 +163,41 @@ def test_bad_settings_and_corpora(
     assert load_tokenizer(out).vocab_size == 262
     assert main([str(corpus), "--vocab-size", "261", "--out", str(out), "--overwrite"]) == 0
     assert load_tokenizer(out).vocab_size == 261
+
+
+@pytest.mark.parametrize("command", [main, tokenizer_report.main])
+@pytest.mark.parametrize(
+    ("out", "said"),
+    [
+        ("/proc/new", "No such file or directory"),
+        ("file/new", "file is a file"),
+        ("a" * 300, "File name too long"),
+    ],
+)
+def test_where_nothing_can_be_written_nothing_is_read(
+    command: Callable[[list[str]], int],
+    out: str,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    more = [] if command is main else ["--tokenizer", str(DEMO_TOKENIZER)]
+    with pytest.raises(SystemExit) as ended:
+        command(["no corpus", "--out", out, *more])  # which is the next thing that would be told
+    assert ended.value.code == 2
+    told = f"error: --out {out}: cannot be written ({said}); choose another place\n"
+    assert capsys.readouterr().err == told
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_look_at_the_place_leaves_nothing(tmp_path: Path) -> None:
+    check_writable("--out", tmp_path / "new" / "deep" / "t.json")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match=r"^--out: .* is a folder; name a file$"):
+        check_writable("--out", tmp_path)
 
 
 def test_reading_takes_neither_torch_nor_megatron() -> None:

@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 
 from data.checksums import CHUNK_BYTES
-from data.token_store import StoreInfo, TokenStore, TokenStoreWriter, read_sidecar, sidecar_bytes
+from data.store_format import StoreInfo, read_sidecar, sidecar_bytes
+from data.store_writer import TokenStoreWriter
+from data.token_store import TokenStore
 from data.verify import check_stores, find_stores, inspect_stores, main, verify_store, verify_stores
 from tests.data.test_token_store import as_version_1
 

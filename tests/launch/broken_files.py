@@ -13,7 +13,8 @@ from omegaconf import OmegaConf
 
 from data.folder_lock import LockFile
 from data.open_mixture import DEMO_TOKENIZER, open_mixture
-from data.token_store import TokenStoreWriter, read_sidecar, sidecar_bytes
+from data.store_format import read_sidecar, sidecar_bytes
+from data.store_writer import TokenStoreWriter
 from data.tokenizer import load_tokenizer
 from launch.schema import load
 from pretrain.config import PretrainConfig

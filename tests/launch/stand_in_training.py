@@ -60,7 +60,8 @@ def main() -> int:
                 f"data/family/{family}/epochs": ratio,
             }
         (folder / "metrics.jsonl").write_text(json.dumps(metrics) + "\n")
-    (folder / "status.json").write_text(json.dumps({"state": state, "step": step}))
+    status = {"state": state, "step": step, "reason": "", "heartbeat": time.time()}
+    (folder / "status.json").write_text(json.dumps(status))
     torchrun = "TORCHELASTIC_RUN_ID" in os.environ
     return 0 if state == "finished" or torchrun else os.EX_TEMPFAIL
 

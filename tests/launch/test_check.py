@@ -10,20 +10,25 @@ from pathlib import Path
 
 import pytest
 
+import launch.check
+import launch.slurm
 from data.open_mixture import DEMO_TOKENIZER
 from data.tokenizer import load_tokenizer
 from launch.check import Machines, check, main
 from launch.check_disk import _present_bytes, checkpoint_bytes, kept_at_once
 from launch.check_memory import _finer, _leaner
 from launch.check_paths import path_of
-from launch.composition import COMMAND_LINE, DEFAULT, compose_what_fits
+from launch.composition import compose_what_fits
 from launch.findings import ERROR, NOTE, WARNING, Findings
 from launch.nearest_layout import nearest_layout
-from launch.schema import load
+from launch.origins import COMMAND_LINE, DEFAULT
+from launch.schema import broken_rules_across_rooms, load
 from launch.units import number_meant
 from parallel.checkpoint_reader import CheckpointReader
-from pretrain.config import CheckpointConfig, TrainConfig, validate
-from tests.launch.broken_files import SMALL, BrokenFiles
+from pretrain.config import CheckpointConfig, TrainConfig
+from pretrain.config_rules import validate
+from tests.launch.broken_files import FAMILIES, SMALL, BrokenFiles
+from tests.pretrain.laws import a_law
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ["+model=magneto_tiny", "wandb.mode=disabled", "data.seq_length=64"]
@@ -71,8 +76,57 @@ def test_exit_status(stores: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*warned, "optimizer.lr=0", "--strict"]) == 2
     told = capsys.readouterr()
     assert told.err == ""
-    assert "sound: 0 errors, 1 warnings" in told.out
-    assert "NOT SOUND: 1 errors, 1 warnings" in told.out
+    assert told.out.count("sound: 0 errors, 0 warnings, in ") == 2
+    assert told.out.count("sound: 0 errors, 1 warning, in ") == 2
+    assert "NOT SOUND: 1 error, 1 warning, in " in told.out
+
+
+def test_the_example_of_the_docs(capsys: pytest.CaptureFixture[str]) -> None:
+    """What docs/check.md shows is what the command prints; the disk, the text and the time are of
+    the machine it ran on."""
+    text = (ROOT / "docs" / "check.md").read_text().split("## An example")[1]
+    _, command, _, shown, *_ = text.split("```")
+    words = command.replace("\\\n", " ").split()
+    assert words[:3] == ["python", "-m", "launch.check"]
+    assert main(words[3:]) == 2
+    assert independent(capsys.readouterr().out) == independent(shown)
+
+
+def independent(report: str) -> list[str]:
+    lines, kept = [], True
+    for line in report.strip().splitlines():
+        if not line.startswith(" "):
+            kept = re.match(r"\w+: +(disk|data): ", line) is None
+        if kept:
+            lines.append(re.sub(r", \d+ warnings?, in [\d.]+ s$", "", line))
+    return lines
+
+
+def test_the_commands_of_the_docs() -> None:
+    text = (ROOT / "docs" / "check.md").read_text()
+    commands = text.split("```")[1].strip().splitlines()
+    for command in commands:
+        assert main(command.split()[3:]) == 0
+        assert command in (launch.check.__doc__ or "")
+    assert len(commands) == 2
+
+
+def test_a_law_and_a_run_it_does_not_speak_of(stores: str, tmp_path: Path) -> None:
+    words = [*TINY, stores, "train.train_steps=10", f"data.mixture.law={tmp_path}/law.yaml"]
+    beyond = f"data.mixture.law={tmp_path}/law.yaml is used outside of its fit: "
+
+    def told(severity: str, *families: str, **data: list[object]) -> list[str]:
+        law = a_law(families, tokens=(1e9, 1e10))
+        law.provenance["data"] = data
+        law.save(tmp_path / "law.yaml")
+        return [finding.text for finding in check(words).of(severity)]
+
+    drawn = FAMILIES.values()
+    assert any("knows nothing of" in line for line in told(ERROR, "slavic"))
+    found = [line for line in told(WARNING, *drawn, seq_length=[128]) if line.startswith(beyond)]
+    assert any("seq_length=64: the runs of its sweep had 128" in line for line in found)
+    assert any("tokens=5120: " in line for line in found)
+    assert not any("seq_length" in line for line in told(WARNING, *drawn, seq_length=[64]))
 
 
 @pytest.mark.parametrize("option", ["--processes", "--nodes", "--gpus-per-node"])
@@ -167,6 +221,31 @@ def test_words_that_do_not_fit_leave_the_others_in() -> None:
     assert len(made.problems) == 4
 
 
+def test_one_wrong_value_is_one_error() -> None:
+    """No value is proposed for a setting that is right, to fit one that is wrong."""
+    report = check(["+model=magneto_tiny", "optimizer.lr=-1", "train.train_steps=0"])
+    told = [one.text for one in report.findings if one.severity != NOTE]
+    assert told == [
+        "optimizer.lr=-1.0 must be a finite number above 0",
+        "train.train_steps=0 must be 1 or more",
+    ]
+    config = load(["+model=magneto_tiny", "schedule.min_lr=0.01"])
+    broken = ["schedule.min_lr=0.01 must not exceed optimizer.lr=0.001; use 0.0001"]
+    assert broken_rules_across_rooms(config, 1, []) == broken
+    assert broken_rules_across_rooms(config, 1, ["optimizer.lr=0.001 must be"]) == []
+    assert broken_rules_across_rooms(config, 1, ["there is no optimizer.lr=0.001"]) == broken
+
+
+def test_the_table_has_what_was_typed_and_no_row_without_a_model(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    main([*TINY, "run_dir=there/run"])
+    assert re.search(r"\n  run_dir +there/run +command line\n", capsys.readouterr().out)
+    main(["foo", "train.seed=3"])
+    table = capsys.readouterr().out.split("left at their defaults:\n")[1].split("\n\n")[0]
+    assert table.split() == ["train.seed", "3", "command", "line"]
+
+
 def test_what_a_word_refers_to_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SCRATCH", raising=False)
     words = [*TINY, "run_dir='${oc.env:SCRATCH}/x'", "optimizer.lr=0"]
@@ -214,6 +293,87 @@ def test_files_that_vanish_take_no_room(tmp_path: Path) -> None:
     (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
     assert _present_bytes(tmp_path) == 5
     assert _present_bytes(tmp_path / "nowhere") == 0
+
+
+def test_a_file_system_without_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("launch.check_disk.free_bytes", lambda path: 0)
+    (error,) = check([*TINY, "run_dir=there"]).of(ERROR)
+    assert error.text.startswith("run_dir=there: its file system has no room at all")
+
+
+# ---- text that is not tokenized
+
+
+def test_names_that_a_corpus_may_or_may_not_have(tmp_path: Path) -> None:
+    line = json.dumps({"text": "Ein Satz.", "language": "de", "doc_id": "1"})
+    (tmp_path / "text.jsonl").write_text(line + "\n")
+    words = [*TINY, f"data.corpus={tmp_path}", f"data.cache_dir={tmp_path}/cache"]
+
+    def told(*more: str) -> list[str]:
+        report = check([*words, *more])
+        assert not report.of(ERROR)
+        return [one.text for one in report.of(WARNING)]
+
+    assert told() == []  # a note says that it is not tokenized
+    (looked,) = told("data.languages=[de]")
+    assert looked.startswith(f"data.corpus={tmp_path}: 1 file of 0.0 MB; tokenized when the run")
+    unknown, _ = told("data.languages=[grmn]")
+    assert unknown.startswith("data.languages: language 'grmn' is not in") and "'de'" in unknown
+    stage = "data.mixture.stages=[{from_tokens: 9, weighting: uniform, drop_languages: [frnch]}]"
+    dropped, capped, _ = told(stage, "data.mixture.language_max_epochs={rssian: 2}")
+    assert dropped.startswith("data.mixture.stages[0].drop_languages: language 'frnch'")
+    assert capped.startswith("data.mixture.language_max_epochs: language 'rssian'")
+    ratios = ["data.mixture.weighting=ratios", "data.mixture.ratios={slavik: 1.0}"]
+    family, _ = told(*ratios)
+    assert family.startswith(
+        "data.mixture.ratios names slavik, which data.families=branch makes of"
+    )
+    assert family.endswith("; did you mean slavic?")
+    assert any("names slavik" in text for text in told(*ratios, "data.families=five_families"))
+    (error,) = check([*words, "data.families=brnch"]).of(ERROR)
+    assert error.text.startswith("data.families=brnch: there is no such grouping")
+
+
+def test_settings_for_the_text_that_ships() -> None:
+    def told(*more: str) -> list[str]:
+        cache = "data.cache_dir=nowhere"
+        return [one.text for one in check([*TINY, cache, *more]).findings if one.topic == "data"]
+
+    sound = told("data.languages=[de,ru]", "data.mixture.drop_languages=[ru]")
+    assert len(sound) == 2 and sound[1].startswith("the text that ships is tokenized when")
+    assert "zh-Hant; did you mean en?" in told("data.languages=[eng]")[1]
+    assert (
+        "is in one of its groups" in told("data.languages=[fi]", "data.families=five_families")[1]
+    )
+    assert (
+        "leaves no language" in told("data.languages=[de]", "data.mixture.drop_languages=[de]")[1]
+    )
+    assert not any(
+        "data.mixture.gamma lacks" in text for text in told("data.mixture.weighting=scaling_law")
+    )  # that it is missing is told
+    (left_out,) = [text for text in told("data.families=five_families") if "leaves out" in text]
+    assert "fi" in left_out
+
+
+@pytest.mark.parametrize(
+    ("model", "words", "much"),
+    [
+        ("magneto_tiny", [], False),
+        ("magneto_tiny", ["nodes=2"], True),
+        ("magneto_125m", [], True),
+        ("magneto_125m", ["data.corpus=mine"], False),
+    ],
+)
+def test_much_ado_on_the_text_that_ships(
+    model: str, words: list[str], much: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    batch = "train.global_batch_size=16"
+    typed = [f"+model={model}", batch, "cluster=gpu8_infiniband", *words]
+    text = f"data.corpus and data.store_dir are empty: {model}, of "
+    found = [one.severity for one in check(typed).findings if one.text.startswith(text)]
+    assert found == [WARNING] * much
+    assert launch.slurm.main(typed) == 0
+    assert (f"\nwarning: {text}" in capsys.readouterr().err) == much
 
 
 # ---- machines

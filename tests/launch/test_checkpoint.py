@@ -171,8 +171,11 @@ def test_damage_of_every_file_is_found(copy: Path) -> None:
 def test_what_is_no_checkpoint_is_said(copy: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no such folder"):
         call("ls", tmp_path / "nothing")
-    with pytest.raises(FileNotFoundError, match="holds no complete checkpoint"):
+    with pytest.raises(FileNotFoundError, match="holds no complete checkpoint; it holds runs: "):
         call("verify", tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="complete checkpoint; name a run folder, its chec"):
+        call("verify", tmp_path / "empty")
     with pytest.raises(FileNotFoundError, match="no checkpoint of step 3; there are 2, 10"):
         find_checkpoint(copy, 3)
     assert find_checkpoints(copy / "checkpoints") == find_checkpoints(copy)
@@ -213,10 +216,11 @@ def plant(folder: Path, file: str, trap: Path) -> None:
         (folder / file).write_bytes(pickle.dumps(evil))
     elif file == "common.pt":
         torch.save({"train_state": evil}, folder / file)
-    elif file == "object":
+    elif file in ("object", "tensor"):
         index = pickle.loads((folder / ".metadata").read_bytes())
         places = index.storage_data
-        place = places[next(key for key in places if "_extra_state" in key.fqn)]
+        is_object = file == "object"
+        place = places[next(key for key in places if ("_extra_state" in key.fqn) == is_object)]
         inside = io.BytesIO()
         torch.save(evil, inside)
         with open(folder / place.relative_path, "ab") as end:
@@ -508,6 +512,28 @@ def test_safetensors_are_read_by_their_own_library(run: Path, tmp_path: Path) ->
     assert values["train_state"]["step"] == 10
     with pytest.raises(ValueError, match=r"--max-file-gb=0\.0 must be above 0"):
         call("convert", run, tmp_path / "none", "--safetensors", "--max-file-gb", 0)
+
+
+def test_safetensors_are_verified_by_their_manifest(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "tensors"
+    assert call("convert", run, target, "--safetensors") == 0
+    assert call("verify", target) == call("verify", target, "--full") == 0
+    assert "tensors: sound (checksums)" in capsys.readouterr().out
+    content = bytearray((target / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (target / "model.safetensors").write_bytes(content)
+    assert (call("verify", target), call("verify", target, "--full")) == (0, 1)
+    assert "model.safetensors has checksum" in capsys.readouterr().out
+    for file in ("model.safetensors", "checkpoint.json"):  # one of them is enough to know it
+        (target / file).rename(tmp_path / file)
+        assert call("verify", target) == 1
+        assert f"tensors: {file} is missing" in capsys.readouterr().out
+        (tmp_path / file).rename(target / file)
+    for words in (["diff", run, target], ["ls", target], ["convert", target, tmp_path / "again"]):
+        with pytest.raises(FileNotFoundError, match="tensors holds safetensors and no checkpoint"):
+            call(*words)
 
 
 def test_safetensors_say_what_does_not_fit(tmp_path: Path) -> None:

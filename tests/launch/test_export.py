@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,6 +30,7 @@ from models.hugging_face.mapping import Architecture, architecture_of
 from models.moe_config import MoEConfig, RouterType, ScoreFunction, SecondExpertPolicy
 from parallel.config import ParallelConfig
 from pretrain import export, export_check
+from pretrain.convert_checkpoint import to_checkpoint
 from pretrain.export_check import ExportError
 from tests.distributed import run_on_gloo
 from tests.stored_runs import VOCAB, live_logits, main_with, save_again, write_run
@@ -311,6 +312,7 @@ def test_what_cannot_be_exported_is_said_at_once(exports: Path, tmp_path: Path) 
     out = tmp_path / "out"
     assert "no such folder" in refusal(tmp_path / "nothing", out)
     assert "holds no complete checkpoint" in refusal(tmp_path, out)
+    assert f"it holds runs: {magneto / 'run'}; name one" in refusal(magneto, out)
     assert "holds no checkpoint of step 9; there are 3" in refusal(
         magneto / "run", out, "--step", 9
     )
@@ -337,7 +339,7 @@ def test_other_errors_name_their_cause(exports: Path, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="disagree about the model: num_layers=3 and 2"):
         export.export(run, out)
     (run / "config.yaml").write_text(config.replace("num_layers: 2", "layers: 2"))
-    with pytest.raises(ExportError, match="is not a configuration of this version: Key 'layers'"):
+    with pytest.raises(ValueError, match="is not a configuration of this version: Key 'layers'"):
         export.export(run, out)
     (run / "config.yaml").unlink()
     with pytest.raises(FileNotFoundError, match=r"has no config\.yaml beside it"):
@@ -375,6 +377,31 @@ def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
             export.export(tmp_path / "run", tmp_path / "out", tokenizer="".join(words))
         error = run_on_gloo(1, generate_error, [*generating, *(words or [""])])[0]
         assert error.startswith("error: ") and said in error
+
+
+def test_text_is_generated_from_all_that_names_a_checkpoint(tmp_path: Path) -> None:
+    """A run, its checkpoints, one of them, and copies in other types: the same first token."""
+    run, copy = tmp_path / "run", tmp_path / "bf16"
+    run_on_gloo(1, write_run, run, replace(MODEL, vocab_size=8192))
+    checkpoint = run / "checkpoints/step_00000003"
+    to_checkpoint(checkpoint, copy, dtype=torch.bfloat16, weights_only=True)
+    words = ["Die", "--max-new-tokens", "1", "--temperature", "0"]
+    said = {
+        run_on_gloo(1, generated, [str(path), *words])[0]
+        for path in (run, run / "checkpoints", checkpoint, copy)
+    }
+    assert len(said) == 1 and said.pop().startswith("Die")
+    error = run_on_gloo(1, generate_error, [str(tmp_path), "Die"])[0]
+    assert error == (
+        f"error: {tmp_path} holds no complete checkpoint; it holds runs: {run}; name one of them\n"
+    )
+
+
+def generated(words: list[str]) -> str:
+    said = io.StringIO()
+    with redirect_stdout(said):
+        assert main_with(generate.main, words) == 0
+    return said.getvalue()
 
 
 def generate_error(words: list[str]) -> str:

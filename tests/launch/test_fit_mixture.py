@@ -11,11 +11,13 @@ import yaml  # type: ignore[import-untyped]
 
 from data.config import Weighting
 from data.mixture_file import read_mixture_file
+from data.quantity import quantity
 from data.scaling_law.law import FamilyLaw, ScalingLaw
 from data.scaling_law.runs_table import RunsTable, make_table
-from data.tokenize_corpus import DEMO_TOKENIZER, open_stores, prepare_stores
+from data.store_cache import prepare_stores
+from data.store_folder import open_stores
+from data.tokenize_corpus import DEMO_TOKENIZER
 from data.tokenizer import load_tokenizer
-from launch.fit_arguments import quantity
 from launch.fit_mixture import main
 from launch.schema import load
 

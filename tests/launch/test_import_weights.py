@@ -319,6 +319,37 @@ def test_settings_that_contradict_are_named(tmp_path: Path) -> None:
     )
 
 
+def test_what_megatron_lm_does_not_have_is_refused(tmp_path: Path) -> None:
+    """Of a checkpoint without arguments, whose names and shapes would fit."""
+    model = replace(MEGATRON, vocab_size=VOCAB, position_embedding_type=PositionEmbedding.xpos)
+    source = run_on_gloo(1, write_run, tmp_path / "source", model)[0]
+    write_megatron(tmp_path / "theirs", source, model, {}, fused=False)
+    for settings, said in (
+        (
+            model,
+            "model.position_embedding_type=xpos, which Megatron-LM does not have; set "
+            "model.position_embedding_type=rope or none",
+        ),
+        (
+            replace(MEGATRON, layer_norm_placement=LayerNormPlacement.sub_ln),
+            "model.layer_norm_placement=sub_ln, which Megatron-LM does not have; set "
+            "model.layer_norm_placement=pre_ln",
+        ),
+    ):
+        text = refusal(Origin.megatron, tmp_path / "theirs", settings, tmp_path / "out")
+        assert text == f"the checkpoint's settings are not those of this model: {said}"
+    without = replace(MEGATRON, position_embedding_type=PositionEmbedding.none)
+    _check_megatron_args({"position_embedding_type": "none"}, without)
+
+
+def test_a_checkpoint_of_ours_is_not_imported(tmp_path: Path) -> None:
+    """It has the same names, and rows in our order already."""
+    source = run_on_gloo(1, write_run, tmp_path / "source", replace(MEGATRON, vocab_size=VOCAB))[0]
+    text = refusal(Origin.megatron, source, MEGATRON, tmp_path / "out")
+    assert "is a checkpoint of Magnetron's own" in text and f"checkpoint.load={source}" in text
+    assert not (tmp_path / "out").exists()
+
+
 EXPERTS = replace(MEGATRON, moe=MoEConfig(num_experts=4, router=RouterType.linear, router_topk=2))
 
 

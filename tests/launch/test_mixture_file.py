@@ -13,7 +13,7 @@ from launch import slurm, verify
 from launch.mixture_file import SHIPPED, short_name, with_mixture_files
 from launch.schema import load
 from parallel.config import ConfigError
-from pretrain.config import validate
+from pretrain.config_rules import validate
 from tests.pretrain.laws import a_law
 
 ROOT = Path(__file__).resolve().parents[2]

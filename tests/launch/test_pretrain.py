@@ -180,6 +180,25 @@ def test_as_a_module(tmp_path: Path) -> None:
     assert "did you mean train.train_steps" in at_home.stderr
 
 
+def test_what_a_start_imports_is_not_searched_for_garbage() -> None:
+    code = """
+import gc
+from launch.pretrain import imports_that_stay
+
+with imports_that_stay():
+    assert not gc.isenabled()
+    import pretrain.run
+    kept = [[] for _ in range(1000)]
+frozen = gc.get_freeze_count()
+assert gc.isenabled() and frozen > 1000
+with imports_that_stay():  # the next job of a sweep
+    assert gc.isenabled()
+    kept += [[] for _ in range(1000)]
+assert gc.get_freeze_count() <= frozen
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
 @pytest.mark.parametrize(
     "words", [(), ("--help",), ("train.step=5",), ("+model=magneto_tiny", "parallel=tp2")]
 )

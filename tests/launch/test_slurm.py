@@ -17,7 +17,7 @@ from launch.schema import load
 from launch.slurm import SITES, load_cluster, main
 from launch.slurm_script import BODY
 from parallel.config import ConfigError
-from pretrain.config import validate
+from pretrain.config_rules import validate
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ["+model=magneto_tiny", "cluster=lab", "nodes=2"]

@@ -21,7 +21,7 @@ from data.scaling_law.sweep_config import make_sweep
 from launch import sweep
 from launch.schema import CONF, shipped_models
 from launch.sweep_collect import check_evaluation, collect
-from launch.sweep_devices import environment, most_jobs, slurm_words, usable_gpus
+from launch.sweep_devices import environment, most_jobs, usable_gpus
 from launch.sweep_folder import (
     BEGUN,
     DONE,
@@ -36,8 +36,9 @@ from launch.sweep_folder import (
     write_sweep_folder,
 )
 from launch.sweep_runner import Runner, Started
+from launch.sweep_slurm import JOBS_FILE, SlurmJobs, multirun_command, slurm_words, too_short
 from models.parameter_count import parameter_count
-from pretrain.config import validate
+from pretrain.config_rules import validate
 
 ROOT = Path(__file__).resolve().parents[2]
 STAND_IN = Path(__file__).with_name("stand_in_training.py")
@@ -130,6 +131,14 @@ def test_the_same_design_again_and_another_one(tmp_path: Path) -> None:
         make(tmp_path, first_seed=5)
 
 
+def test_a_word_that_changes_a_mixture() -> None:
+    even = {"germanic": 0.4, "romance": 0.6}
+    mixtures = make_sweep(
+        DESIGN, "test", {"confirm": {"mixtures": {"even": even}}}
+    ).confirm.mixtures
+    assert mixtures == DESIGN["confirm"]["mixtures"] | {"even": even}
+
+
 def test_what_it_costs(tmp_path: Path) -> None:
     folder = make(tmp_path)
     flops = sum(planned.flops for planned in folder.runs)
@@ -149,6 +158,15 @@ def test_checkpoints_about_a_minute_apart(tmp_path: Path) -> None:
 
 REFUSED = {
     "did you mean laptop?": ["design", "laptob"],
+    "budget=1: there is no setting budget; did you mean budget_flops": [
+        "design", "laptop", "budget=1"
+    ],
+    "family=[x]: there is no setting family; did you mean families": [
+        "design", "laptop", "family=[x]"
+    ],
+    "grid.point=3: there is no setting grid.point; did you mean grid.points": [
+        "design", "laptop", "grid.point=3"
+    ],
     "changes are SETTING=VALUE": ["design", "laptop", "points"],
     "grid.points: Value 'x'": ["design", "laptop", "grid.points=x"],
     "the data has germanic, indic, romance, slavic; name": [
@@ -156,6 +174,9 @@ REFUSED = {
     ],
     "models.n30k: model.hiden_size: there is no setting model.hiden_size": [
         "design", "laptop", "models.n30k.settings.model.hiden_size=3"
+    ],
+    "1 process was asked for (processes_per_run=1); start 2,": [
+        "design", "laptop", "settings.parallel.tensor_model_parallel_size=2"
     ],
     "there is no conf/model/scaling_2m.yaml": ["design", "laptop", "models.n30k.base=scaling_2m"],
     "holds no sweep.yaml": ["run", "nowhere"],
@@ -193,6 +214,7 @@ def test_models_of_the_law_have_the_size_of_their_name() -> None:
     for size, number in SIZES.items():
         count = parameter_count(models[f"scaling_{size}"], vocab_size=1).non_embedding
         assert count == pytest.approx(number, rel=0.015)
+        assert models[f"scaling_{size}"].num_attention_heads % 2 == 0  # parallel=tp2
 
 
 # ---------------------------------------------------------------- the runner
@@ -214,8 +236,8 @@ def test_all_runs_of_a_sweep(tmp_path: Path) -> None:
 def test_the_longest_come_first(tmp_path: Path) -> None:
     folder = make(tmp_path, confirm={"cells": {"n1": [128, 640]}})
     run(folder)
-    started = (folder.path / "started").read_text().split()[::2]
-    assert all("640" in name for name in started[:3])
+    started = sorted(folder.attempts(), key=lambda attempt: attempt["began"])
+    assert all("640" in attempt["run"] for attempt in started[:3])
 
 
 def test_a_failed_run_is_said_and_not_tried_again_unasked(tmp_path: Path) -> None:
@@ -396,7 +418,7 @@ def processes_of(folder: SweepFolder) -> list[str]:
 
 
 def test_runs_of_two_processes(tmp_path: Path) -> None:
-    folder = make(tmp_path, confirm={"cells": {"n1": [3 * 64]}}, devices_per_run=2)
+    folder = make(tmp_path, confirm={"cells": {"n1": [3 * 64]}}, processes_per_run=2)
     only = FIRST_HELD
     for other in set(folder.by_name) - {only}:  # one is enough: torchrun imports torch
         folder.run_dir(other).mkdir(parents=True)
@@ -426,7 +448,7 @@ def test_each_job_has_gpus_of_its_own(
     runner.communicate(timeout=120)
     wait_until(lambda: not trainings(folder))
 
-    config = make(tmp_path / "large", device="gpu", devices_per_run=2).config
+    config = make(tmp_path / "large", device="gpu", processes_per_run=2).config
     assert usable_gpus(config, 5) == ["0", "1", "2", "3", "4"]
     assert most_jobs(config, usable_gpus(config, 5), cores=64, threads=1) == 2
     assert environment(config, ["4", "5", "6", "7"], 1, 1)["CUDA_VISIBLE_DEVICES"] == "6,7"
@@ -438,7 +460,7 @@ def test_each_job_has_gpus_of_its_own(
     assert "--jobs 2: 3 GPUs are enough for 1 trainings" in capsys.readouterr().err
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert sweep.main(["run", path]) == 2
-    assert "device=gpu and devices_per_run=2: this machine has 0 GPUs" in capsys.readouterr().err
+    assert "device=gpu and processes_per_run=2: this machine has 0 GPUs" in capsys.readouterr().err
     cpu = make(tmp_path / "cpu")
     assert sweep.main(["run", str(cpu.path), "--gpus", "1"]) == 2
     assert "this sweep has device=cpu_core" in capsys.readouterr().err
@@ -458,7 +480,7 @@ def test_gpus_that_nvidia_smi_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_slurm_jobs_have_as_many_tasks_as_processes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    gpu = make(tmp_path, device="gpu", devices_per_run=8)
+    gpu = make(tmp_path, device="gpu", processes_per_run=8)
     path = str(gpu.path)
     assert sweep.main(["run", path, "--slurm", "--multirun"]) == 0
     words = capsys.readouterr().out.split()
@@ -468,10 +490,68 @@ def test_slurm_jobs_have_as_many_tasks_as_processes(
     assert slurm_words(gpu.config, [nodes]) == [f"{tasks}=4", f"{gpus}=4"]
     assert slurm_words(gpu.config, [f"{tasks}=2"]) == [f"{gpus}=2"]
     assert slurm_words(make(tmp_path / "cpu").config, []) == [f"{tasks}=1"]
-    with pytest.raises(ValueError, match=r"hydra\.launcher\.nodes=3: devices_per_run=8"):
+    with pytest.raises(ValueError, match=r"hydra\.launcher\.nodes=3: processes_per_run=8"):
         slurm_words(gpu.config, ["hydra.launcher.nodes=3"])
+    most, cores = "hydra.launcher.array_parallelism", "hydra.launcher.cpus_per_task"
+    cpu = make(tmp_path / "cpu")
+    assert slurm_words(cpu.config, [], jobs=3, threads=2) == [
+        f"{tasks}=1",
+        f"{most}=3",
+        f"{cores}=2",
+    ]
     assert sweep.main(["run", path, "--multirun"]) == 2
     assert "--multirun: Hydra starts one process a run" in capsys.readouterr().err
+    assert sweep.main(["run", path, "--slurm", "--gpus", "8"]) == 2
+    assert "--gpus 8: GPUs of this machine; a job's are processes_per_run=8" in (
+        capsys.readouterr().err
+    )
+
+
+def test_a_run_that_takes_longer_than_a_job_may(tmp_path: Path) -> None:
+    folder = make(tmp_path, startup_seconds=7200)
+    assert too_short(folder, [FIRST], []) == (
+        "hydra.launcher.timeout_min=60: the longest run takes 120 minutes by the estimate; it is "
+        "stopped before its end, saves, and the same command again goes on"
+    )
+    assert too_short(folder, [FIRST], ["hydra.launcher.timeout_min=121"]) is None
+
+
+def test_runs_in_the_queue_of_slurm_are_not_started_here(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make(tmp_path)
+    (folder.path / JOBS_FILE).write_text(f'{{"run": "{FIRST}", "number": "12_0", "since": 0}}\n')
+    squeue = tmp_path / "squeue"
+    squeue.write_text("#!/bin/sh\necho 12_0; echo 13\n")
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert sweep.main(["run", str(folder.path)]) == 2
+    told = capsys.readouterr().err
+    assert "in SLURM's queue, and would run twice: 1 run; wait with --slurm" in told
+    assert sweep.main(["status", str(folder.path)]) == 0
+    assert f"  in SLURM's queue: {FIRST}: job 12_0" in capsys.readouterr().out
+    assert sweep.main(["run", str(folder.path), "--slurm", "--multirun"]) == 0
+    assert FIRST not in capsys.readouterr().out
+    squeue.write_text("#!/bin/sh\nexit 1\n")  # SLURM does not answer
+    assert sweep.main(["status", str(folder.path)]) == 0
+    assert "in SLURM's queue" not in capsys.readouterr().out
+    jobs = SlurmJobs(folder, say=print)
+    assert not jobs.look() and list(jobs.waiting) == [FIRST]
+    # the job has failed while nobody waited for it
+    squeue.write_text("#!/bin/sh\ntrue\n")
+    log = folder.path / "multirun" / ".submitit" / "12_0" / "12_0_0_log.err"
+    log.parent.mkdir(parents=True)
+    log.write_text("error: out of luck\n")
+    assert jobs.look() and not jobs.waiting and not SlurmJobs(folder).waiting
+    assert f"{FIRST}: FAILED: error: out of luck" in capsys.readouterr().out
+    assert folder.states()[FIRST] == FAILED
+    assert sweep.main(["status", str(folder.path)]) == 1
+
+
+def test_what_must_be_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        sweep.main([])
+    assert "are required: command, what\n" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- real trainings
@@ -500,7 +580,7 @@ def test_a_sweep_killed_and_resumed_ends_as_one_that_was_left_alone(tmp_path: Pa
 
     # the same runs as one command of Hydra's, in folders of their own
     other = make_by_command(tmp_path / "other", **longer)
-    hydra = sweep.multirun_command(other, list(other.by_name))
+    hydra = multirun_command(other, list(other.by_name))
     subprocess.run(hydra, cwd=tmp_path, capture_output=True, check=True, timeout=900)
     assert set(other.states().values()) == {DONE}
     assert collect(other)[0].rows == table.rows

@@ -55,6 +55,46 @@ def test_axes_that_are_reduced_with_experts(tmp_path: Path) -> None:
     assert "expert loads            0.0e+00  within" in ended.stdout
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "stage", "words"),
+    [
+        ("magneto_1b", 3, ["parallel.tensor_model_parallel_size=2"]),
+        ("magneto_1b", 1, ["parallel=cp2", "deepspeed.offload_optimizer=true"]),
+        ("xmoe_7b_64e", 2, ["parallel=ep2", "parallel.precision=fp32"]),
+    ],
+)
+def test_the_other_engine(model: str, stage: int, words: list[str], tmp_path: Path) -> None:
+    ended = start(
+        *(f"+model={model}", "engine=deepspeed", f"deepspeed.zero_stage={stage}", *words),
+        "verify.processes=4",
+        folder=tmp_path,
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "PASS: this layout trains the same model as one process" in ended.stdout
+
+
+DEFECT_OF_DEEPSPEED = """
+from parallel.deepspeed_engine import DeepSpeedEngine
+DeepSpeedEngine._sum_over_tensor_parallel_ranks = lambda *arguments: None
+from launch.verify import main
+main()
+"""
+
+
+def test_a_defect_of_the_other_engine(tmp_path: Path) -> None:
+    ended = start(
+        *("+model=magneto_tiny", "parallel=tp2", "parallel.sequence_parallel=true"),
+        *("engine=deepspeed", "verify.processes=2"),
+        folder=tmp_path,
+        python=("-c", DEFECT_OF_DEEPSPEED),
+        CUDA_VISIBLE_DEVICES="",
+    )
+    assert ended.returncode == 1, ended.stdout + ended.stderr
+    assert "FAIL: this layout trains another model than one process" in ended.stdout
+    assert "losses                  " in ended.stdout and "gradients" in ended.stdout
+
+
 DEFECT = """
 import models.language_model
 # the gradient in front of the output layer, of this rank's vocabulary only
@@ -86,7 +126,10 @@ def test_a_defect_ends_with_exit_status_1(tmp_path: Path) -> None:
         (("verify.timeout_seconds=x",), "verify.timeout_seconds=x must be a number"),
         (("verify.timeout_seconds=0",), "verify.timeout_seconds=0.0 must be a finite number above"),
         (("verify.rocesses=2",), "verify.rocesses=2: there is no setting verify.rocesses; there"),
-        (("engine=deepspeed",), "compares layouts of engine=megatron only"),
+        (
+            ("engine=deepspeed", "deepspeed.zero_stage=0", "parallel.precision=bf16"),
+            "deepspeed.zero_stage=0 adds gradients up in parallel.precision=bf16",
+        ),
         (("train.step=2",), "did you mean train.train_steps"),
     ],
 )

@@ -169,9 +169,11 @@ def differing(engine: MegatronEngine, expected: dict[str, Tensor]) -> list[str]:
 # ---- jobs ----------------------------------------------------------------------------------------
 
 
-def build(model: ModelConfig, parallel: ParallelConfig) -> tuple[Runtime, MegatronEngine]:
+def build(
+    model: ModelConfig, parallel: ParallelConfig, seed: int = 7
+) -> tuple[Runtime, MegatronEngine]:
     runtime = initialize(parallel, 1)
-    chunks = build_model(model, parallel, runtime, vocab_size=VOCAB, seed=7)
+    chunks = build_model(model, parallel, runtime, vocab_size=VOCAB, seed=seed)
     return runtime, MegatronEngine(chunks, parallel, OPTIMIZER, runtime)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from parallel.checkpoint_io import CheckpointError, DamageSearch
 from parallel.checkpoint_load import _FileReader
 from parallel.checkpoint_manifest import Progress
 from parallel.checkpoint_reader import CheckpointFormatError, CheckpointReader
-from parallel.megatron import ShardedTensor
+from parallel.megatron import ShardedObject, ShardedTensor
 from tests.distributed import run_on_gloo
+from tests.launch.test_checkpoint import plant
 
 W = torch.arange(256.0 * 1024).view(256, 1024)
 # what a rank of two fills, and along which axis it is half of the whole
@@ -79,6 +81,27 @@ def test_the_checksum_is_of_what_was_loaded_and_costs_no_second_reading(tmp_path
     assert len(wrong) == 1 and wrong[0].startswith("__0_0.distcp has checksum ")
 
 
+def load_in_parts(folder: Path, axis: int) -> tuple[int, bool]:
+    """Bytes read for both halves of a tensor, each wanted by itself."""
+    save(folder)
+    halves = {str(half): torch.zeros_like(W.chunk(2, axis)[half]) for half in (0, 1)}
+    before = Progress.bytes
+    loaded = checkpoint_io.load(
+        {
+            half: ShardedTensor.from_rank_offsets("w", tensor, (axis, int(half), 2))
+            for half, tensor in halves.items()
+        },
+        folder,
+    )
+    whole = torch.cat([loaded["0"], loaded["1"]], axis)
+    return Progress.bytes - before, torch.equal(whole, W)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_piece_is_read_once_for_all_blocks_of_it(tmp_path: Path, axis: int) -> None:
+    assert run_on_gloo(1, load_in_parts, tmp_path / "c", axis) == [(W.nbytes, True)]
+
+
 def search_alone(folder: Path) -> tuple[list[str], list[str]]:
     """What a search finds whose loader never came, or failed."""
     save(folder)
@@ -111,6 +134,10 @@ def cut_short(tensor: torch.Tensor) -> Any:
     return tensor[:-1].clone()
 
 
+def in_bf16(tensor: torch.Tensor) -> Any:
+    return tensor.bfloat16()
+
+
 def harmful(tensor: torch.Tensor) -> Any:
     return [Harmful(), tensor]
 
@@ -139,7 +166,12 @@ def test_pieces_in_other_forms_are_left_to_torch(tmp_path: Path, change: Any) ->
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (cut_short, "should reach to [256, 1024], and has the shape [255, 1024]"),
+        (
+            cut_short,
+            "is damaged where w lies: its piece at [0, 0] should be float32 [256, 1024], by the "
+            "index, and is float32 [255, 1024]",
+        ),
+        (in_bf16, "should be float32 [256, 1024], by the index, and is bfloat16 [256, 1024]"),
         (harmful, "names posix.system, which no checkpoint of ours has in it"),
     ],
 )
@@ -148,6 +180,45 @@ def test_pieces_that_are_not_what_the_index_says_are_refused(
 ) -> None:
     [said] = run_on_gloo(1, load_written_as, tmp_path / "c", change)
     assert isinstance(said, str) and expected in said
+
+
+def load_what_changed_after_the_check(folder: Path, file: str, trap: Path) -> str:
+    """A checkpoint whose pickles are made hostile when rank 0 has looked at them."""
+    state = {"extra": ShardedObject("w._extra_state", [1], (1,), (0,)), **sharded(W)}
+    checkpoint_io.save(state, folder, metadata={})
+    plant(folder, file, trap)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # torch.load trusts where it may
+        patch.setattr(CheckpointReader, "check_harmless", lambda self: None)
+        with pytest.raises(CheckpointError) as caught:
+            checkpoint_io.load_plain_values(folder)
+            state = {"extra": ShardedObject("w._extra_state", None, (1,), (0,))}
+            checkpoint_io.load({**state, **sharded(torch.zeros_like(W))}, folder)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("file", [".metadata", "common.pt", "object", "tensor"])
+def test_no_rank_runs_what_it_reads(tmp_path: Path, file: str) -> None:
+    trap = tmp_path / "trap"
+    [said] = run_on_gloo(1, load_what_changed_after_the_check, tmp_path / "c", file, trap)
+    # a "tensor" without numbers is in a form that is left to torch, which refuses it
+    refusal = "Weights only load failed" if file == "tensor" else "names posix.system, which no "
+    assert refusal in said and not trap.exists()
+
+
+def test_an_index_of_another_kind_is_refused(tmp_path: Path) -> None:
+    [said] = run_on_gloo(1, load_with_index, tmp_path / "c", pickle.dumps({"no": "index"}))
+    assert "is damaged: its index is none" in said
+
+
+def load_with_index(folder: Path, content: bytes) -> str:
+    save(folder)
+    (folder / ".metadata").write_bytes(content)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CheckpointReader, "check_harmless", lambda self: None)
+        with pytest.raises(CheckpointError) as caught:
+            load(folder)
+    return str(caught.value)
 
 
 def test_a_file_that_ends_early_is_damaged(tmp_path: Path) -> None:

@@ -93,6 +93,28 @@ def test_what_is_written_and_compared_is_counted(
     assert verify(tmp_path) == [] and Progress.bytes == before + 1800
 
 
+def test_the_disk_is_kept_busy_from_early_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint_manifest, "_HAND_OVER_BYTES", 1000)
+    monkeypatch.setattr(checkpoint_manifest, "_SYNC_BYTES", 4000)
+    advice: list[tuple[int, int]] = []
+    real = os.posix_fadvise
+
+    def posix_fadvise(file: int, first: int, size: int, kind: int) -> None:
+        advice.append((first, size))
+        real(file, first, size, kind)
+
+    monkeypatch.setattr(os, "posix_fadvise", posix_fadvise)
+    parts = [os.urandom(900) for _ in range(7)]
+    with ChecksummedFile(tmp_path / "a") as file:
+        for part in parts:
+            file.write(part)
+        file.close()
+    assert advice == [(0, 1800), (1800, 1800), (4500, 1800)]  # and 4500 bytes by fsync
+    assert (tmp_path / "a").read_bytes() == b"".join(parts)
+
+
 def test_threads_keep_the_order_and_let_the_process_end() -> None:
     assert in_threads(lambda n: n * n, range(100), 4) == [n * n for n in range(100)]
     assert in_threads(lambda n: threading.current_thread().daemon, range(3), 2) == [True] * 3

@@ -102,6 +102,7 @@ def test_import_leaves_wandb_and_the_compiler_alone() -> None:
     code = (
         "import torch; real = torch.compile; import parallel.megatron, sys;"
         "assert torch.compile is real; assert 'wandb' not in sys.modules;"
+        "assert 'torch.utils.tensorboard' not in sys.modules;"
         "assert 'torch._inductor.compile_fx' not in sys.modules; print('ok')"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

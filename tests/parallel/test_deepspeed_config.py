@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from launch import check as launch_check
 from launch.schema import load
 from parallel.config import ConfigError, OptimizerConfig, ParallelConfig, Precision
 from parallel.deepspeed_config import (
@@ -19,7 +20,7 @@ from parallel.deepspeed_config import (
 )
 from parallel.deepspeed_engine import check
 from parallel.deepspeed_library import adam, library
-from pretrain.config import validate
+from pretrain.config_rules import validate
 from tests.distributed import run_on_gloo
 
 DOC = Path(__file__).resolve().parents[2] / "docs" / "engines.md"
@@ -86,9 +87,27 @@ def test_the_type_that_auto_stands_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is known in the process that trains: bf16 on a GPU, fp32 elsewhere."""
     check(ParallelConfig(), DeepSpeedConfig(zero_stage=0), 0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with pytest.raises(ConfigError, match="adds gradients up in"):
+    with pytest.raises(ConfigError, match=r"in parallel.precision=auto \(bf16 on a GPU\) and"):
         check(ParallelConfig(), DeepSpeedConfig(zero_stage=0), 0)
     check(ParallelConfig(precision=Precision.fp32), DeepSpeedConfig(zero_stage=0), 0)
+
+
+def told(*typed: str, device: str | None = None) -> list[tuple[str, str]]:
+    words = [MODEL, "engine=deepspeed", "deepspeed.zero_stage=0", "wandb.mode=disabled", *typed]
+    found = launch_check.check(words, launch_check.Machines(device=device)).findings
+    return [(one.severity, one.text) for one in found if "auto (bf16" in one.text]
+
+
+def test_what_is_refused_on_a_gpu_is_told_before() -> None:
+    """An error where it is known that there will be GPUs, a warning where nobody has said."""
+    ((severity, text),) = told()
+    assert severity == "warning" and text.startswith("refused on a GPU: deepspeed.zero_stage=0")
+    ((severity, text),) = told(device="h100-80gb")
+    assert severity == "error" and text.endswith("or parallel.precision=fp32")
+    assert [severity for severity, _ in told("cluster=gpu8_infiniband")] == ["error"]
+    assert told("cluster=generic") == []
+    assert told("parallel.precision=fp32", device="h100-80gb") == []
+    assert told("deepspeed.zero_stage=1", device="h100-80gb") == []
 
 
 def test_the_document_says_what_the_code_does() -> None:

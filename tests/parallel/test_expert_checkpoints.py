@@ -7,41 +7,24 @@ from pathlib import Path
 import pytest
 import torch
 
-from models.build import build_model
 from models.config import ModelConfig
 from models.moe_config import MoEConfig, RouterType
 from parallel import checkpoint_io
 from parallel.config import ParallelConfig
-from parallel.engine import MegatronEngine, checkpoint_metadata
+from parallel.engine import checkpoint_metadata
 from parallel.megatron import dist_checkpointing
-from parallel.runtime import Runtime, initialize, shutdown
-from pretrain.train_step import train_step
+from parallel.runtime import shutdown
 from tests.distributed import run_on_gloo
-from tests.parity import LANGUAGES, MODEL, OPTIMIZER, VOCAB, micro_batches
+from tests.parallel.test_checkpoint_layouts import build, train
+from tests.parity import MODEL
 
 SPARSE = replace(MODEL, moe=MoEConfig(num_experts=4, shared_expert_intermediate_size=32))
 
 
-def build(
-    model: ModelConfig, parallel: ParallelConfig, seed: int
-) -> tuple[Runtime, MegatronEngine]:
-    runtime = initialize(parallel, 1)
-    chunks = build_model(model, parallel, runtime, vocab_size=VOCAB, seed=seed)
-    return runtime, MegatronEngine(chunks, parallel, OPTIMIZER, runtime)
-
-
 def train_and_save(model: ModelConfig, parallel: ParallelConfig, folder: Path) -> None:
-    runtime, engine = build(model, parallel, seed=7)
+    runtime, engine = build(model, parallel)
     for step in range(2):
-        batches = micro_batches(step, 1, runtime.data_parallel_rank, runtime.data_parallel_size)
-        train_step(
-            engine,
-            batches,
-            runtime,
-            learning_rate=OPTIMIZER.lr,
-            languages=LANGUAGES,
-            stop_requested=False,
-        )
+        train(runtime, engine, step)
     checkpoint_io.save(engine.sharded_state_dict(), folder, metadata=checkpoint_metadata())
     shutdown(runtime)
 

@@ -14,19 +14,16 @@ import pytest
 import torch
 
 from parallel import runtime as runtime_module
+from parallel import startup
 from parallel.config import ConfigError, ParallelConfig
-from parallel.rank_layout import RankLayout
-from parallel.runtime import StartupError, StartupTimeout, initialize, shutdown
+from parallel.rank_layout import RankLayout, describe_ranks
+from parallel.runtime import initialize, shutdown
+from parallel.startup import StartupError, StartupTimeout
 from tests.distributed import run_on_gloo
+from tests.ports import free_port
 
 StartRanks = Callable[..., list[dict]]
 START_RANKS = Path(__file__).with_name("start_ranks.py")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +106,7 @@ def test_coordinates_and_groups_agree_with_the_arithmetic(
         stage = layout.coordinates(rank).pp
         assert facts["first"] == (stage == 0)
         assert facts["last"] == (stage == layout.pipeline_model_parallel_size - 1)
-        assert facts["stages"] == runtime_module.STAGES
+        assert facts["stages"] == startup.STAGES
         assert facts["line"].startswith(f"rank {rank} of {world_size} on ")
         assert facts["left"]  # the group was there before, so shutdown leaves it
 
@@ -299,19 +296,19 @@ def test_a_world_that_does_not_divide_is_refused_on_every_rank() -> None:
 
 def test_an_incomplete_environment_is_refused() -> None:
     with pytest.raises(StartupError, match="RANK=0 is set, but WORLD_SIZE, MASTER_PORT not"):
-        runtime_module._Place.from_environment({"RANK": "0", "MASTER_ADDR": "node1"})
+        startup.Place.from_environment({"RANK": "0", "MASTER_ADDR": "node1"})
 
 
 def test_a_rank_outside_the_world_is_refused() -> None:
     environment = {"WORLD_SIZE": "2", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
     with pytest.raises(StartupError, match="RANK=2 with WORLD_SIZE=2"):
-        runtime_module._Place.from_environment({"RANK": "2", **environment})
+        startup.Place.from_environment({"RANK": "2", **environment})
 
 
 def test_restarts_of_a_job_do_not_share_keys() -> None:
     environment = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "node1", "MASTER_PORT": "1"}
     places = [
-        runtime_module._Place.from_environment(
+        startup.Place.from_environment(
             {**environment, "TORCHELASTIC_RUN_ID": run, "TORCHELASTIC_RESTART_COUNT": count}
         )
         for run, count in (("a", "0"), ("a", "1"), ("b", "0"))
@@ -326,7 +323,7 @@ def test_more_processes_than_devices_are_refused(monkeypatch: pytest.MonkeyPatch
 
 
 def sum_in_a_wrong_world() -> str:
-    place = runtime_module._Place.from_process_group()
+    place = startup.Place.from_process_group()
     try:
         wrong = dataclasses.replace(place, world_size=5)
         runtime_module._first_collective(wrong, torch.device("cpu"))
@@ -345,4 +342,4 @@ def test_a_collective_with_a_wrong_answer_is_noticed() -> None:
     [([3], "rank 3"), ([1, 2, 3, 7], "ranks 1-3, 7"), ([0, 2], "ranks 0, 2")],
 )
 def test_ranks_are_written_as_ranges(ranks: list[int], text: str) -> None:
-    assert runtime_module.describe_ranks(ranks) == text
+    assert describe_ranks(ranks) == text

@@ -12,13 +12,14 @@ import gc
 import importlib
 import os
 import signal
-import socket
 import sys
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+
+from tests.ports import free_port
 
 # before torch: forked children must not inherit a pool of OpenMP threads
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -44,7 +45,7 @@ class ForkedRun:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         _warm_up()
-        port = _free_port()
+        port = free_port()
         world = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
         world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         self.pids = [
@@ -150,9 +151,3 @@ def _fork(body: Callable[[], object], environment: dict[str, str], log: Path) ->
         sys.stderr.flush()
         os._exit(code)  # no handlers that the parent registered
     return 0
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

@@ -18,7 +18,7 @@ import torch
 from data.config import DataConfig
 from data.ledger import read_ledger, samples_of_step
 from data.open_data import open_data
-from data.token_store import TokenStoreWriter
+from data.store_writer import TokenStoreWriter
 from data.tokenize_corpus import DEMO_TOKENIZER
 from data.tokenizer import load_tokenizer
 from models.config import ModelConfig

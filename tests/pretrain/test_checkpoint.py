@@ -10,6 +10,7 @@ import torch
 from models.build import build_model
 from models.config import ModelConfig
 from models.moe_config import MoEConfig
+from parallel import optimizer_state
 from parallel.checkpoint_io import CheckpointError
 from parallel.config import OptimizerConfig, ParallelConfig
 from parallel.engine import MegatronEngine
@@ -100,6 +101,10 @@ def test_loading_from_another_run_takes_weights_and_starts_counting_anew(tmp_pat
     config = CheckpointConfig(load=str(tmp_path / "nothing"))
     text = run_on_gloo(1, resume, tmp_path / "new", config, IDENTITY)[0]
     assert "checkpoint.load=" in text and "no complete checkpoint is there" in text
+    (tmp_path / "old" / "config.yaml").touch()
+    config = CheckpointConfig(load=str(tmp_path))
+    text = run_on_gloo(1, resume, tmp_path / "new", config, IDENTITY)[0]
+    assert f"is there; it holds runs: {tmp_path / 'old'}; name one of them" in text
 
 
 def test_another_models_checkpoint_is_refused_setting_by_setting() -> None:
@@ -173,6 +178,53 @@ def test_a_checkpoint_goes_on_under_another_layout(
 
 
 SPARSE = replace(MODEL, moe=MoEConfig(num_experts=4))
+
+
+def save_and_train(folder: Path, model: ModelConfig, parallel: ParallelConfig) -> tuple[int, bool]:
+    """How often a plan was taken again in three saves, a step between; whether the last holds what
+    the engine does."""
+
+    def new_engine(seed: int) -> MegatronEngine:
+        chunks = build_model(model, parallel, runtime, vocab_size=VOCAB, seed=seed)
+        return MegatronEngine(chunks, parallel, OPTIMIZER, runtime)
+
+    runtime = initialize(parallel, 1)
+    machine, checkpoints = new_engine(7), Checkpoints(folder, CheckpointConfig(), IDENTITY)
+    for step in (1, 2, 3):
+        train_step(
+            machine,
+            micro_batches(step, 1, runtime.data_parallel_rank, runtime.data_parallel_size),
+            runtime,
+            learning_rate=1e-2,
+            languages=LANGUAGES,
+            stop_requested=False,
+        )
+        checkpoints.save(machine, TrainState(step=step))
+    checkpoints.wait(3)
+    other = new_engine(8)
+    checkpoints.resume(other)
+    tensors = [optimizer_state.leaves(one.sharded_state_dict()) for one in (machine, other)]
+    pairs = [(a.data, b.data) for a, b in zip(*tensors, strict=True) if hasattr(a, "global_shape")]
+    shutdown(runtime)
+    same = all(torch.equal(a, b) for a, b in pairs if torch.is_tensor(a))
+    return checkpoints._plans.reused, same and len(pairs) > 20
+
+
+@pytest.mark.parametrize(
+    ("model", "parallel"),
+    [
+        (MODEL, layout(tp=2, sp=True)),
+        (SPARSE, ParallelConfig(expert_model_parallel_size=2)),
+        (MODEL, ParallelConfig(overlap_grad_reduce=True, overlap_param_gather=True)),
+    ],
+    ids=["tensor", "experts", "overlap"],
+)
+def test_saves_after_the_first_are_not_planned(
+    tmp_path: Path, model: ModelConfig, parallel: ParallelConfig
+) -> None:
+    assert run_on_gloo(2, save_and_train, tmp_path, model, parallel) == [(2, True)] * 2
+
+
 FROZEN = replace(SPARSE, moe=replace(SPARSE.moe, freeze_routing=True))
 
 

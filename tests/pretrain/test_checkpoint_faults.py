@@ -21,10 +21,12 @@ from parallel.progress_beacon import beacon
 from parallel.runtime import shutdown
 from pretrain import checkpoint
 from pretrain.checkpoint import Checkpoints, check_identity, check_plain_values
-from pretrain.config import CheckpointConfig, PretrainConfig, Resume, TrainConfig, validate
+from pretrain.config import CheckpointConfig, PretrainConfig, Resume, TrainConfig
+from pretrain.config_rules import validate
 from pretrain.train_state import TrainState
 from tests.disks import read_only, small_disk, writable
 from tests.distributed import run_on_gloo
+from tests.launch.test_checkpoint import plant
 from tests.parity import MODEL
 from tests.pretrain.test_checkpoint import IDENTITY, engine, save_steps
 
@@ -180,6 +182,21 @@ def test_a_damaged_checkpoint_of_another_run_is_refused_and_left_alone(folder: P
     text, _ = run_on_gloo(1, resume, folder / "new", config)[0]
     assert "checkpoint.load=" in text and "step_00000005 is damaged: __0_1.distcp has" in text
     assert (folder / "step_00000005").is_dir()
+
+
+@pytest.mark.parametrize("file", [".metadata", "common.pt", "object", "tensor"])
+def test_a_hostile_checkpoint_is_refused_and_not_run(
+    folder: Path, tmp_path: Path, file: str
+) -> None:
+    """Its manifest fits: whoever can write the one can write the other."""
+    newest, trap = folder / "step_00000005", tmp_path / "trap"
+    plant(newest, file, trap)
+    checkpoint_manifest.write_manifest(newest)
+    before = sorted(os.listdir(folder))
+    for said, _ in run_on_gloo(2, resume, folder, CheckpointConfig()):
+        refusal = "Weights only load failed" if file == "tensor" else "names posix.system, which no"
+        assert isinstance(said, str) and refusal in said and str(newest) in said
+    assert sorted(os.listdir(folder)) == before and not trap.exists()
 
 
 def test_a_newer_manifest_is_refused_and_left_alone(folder: Path) -> None:

@@ -14,13 +14,8 @@ from parallel.config import (
     ParallelConfig,
     RecomputeGranularity,
 )
-from pretrain.config import (
-    CheckpointConfig,
-    PretrainConfig,
-    ScheduleConfig,
-    TrainConfig,
-    validate,
-)
+from pretrain.config import CheckpointConfig, PretrainConfig, ScheduleConfig, TrainConfig
+from pretrain.config_rules import validate
 
 
 def model(**settings: object) -> ModelConfig:

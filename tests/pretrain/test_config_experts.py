@@ -8,7 +8,8 @@ import pytest
 from models.config import ModelConfig
 from models.moe_config import MoEConfig
 from parallel.config import ConfigError, ParallelConfig
-from pretrain.config import PretrainConfig, TrainConfig, validate
+from pretrain.config import PretrainConfig, TrainConfig
+from pretrain.config_rules import validate
 
 
 def check(

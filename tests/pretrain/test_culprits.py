@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from data.open_data import open_data
 from data.packing_config import PackingConfig, PackingMode
@@ -231,6 +232,27 @@ def test_documents_that_cannot_be_read_end_nothing(
     assert found.remarks == [
         f"the documents of step {step} cannot be read: OSError(5, 'input/output error')"
         for step in (2, 1)
+    ]
+
+
+def look_where_rank_one_cannot_read(settings: PretrainConfig, damage: str) -> Findings:
+    """Rank 1 reads nothing but what is run again."""
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.get_rank() == 1:
+            patch.setattr(culprits, "batch_of", unreadable)
+        return train(settings, range(2), NONFINITE if damage else SPIKE, damage)[2][-1]
+
+
+@pytest.mark.parametrize("damage", ["", "loss", "gradient"])
+def test_sequences_that_one_rank_cannot_read_again_end_nothing(
+    stores: tuple[Path, Poison], damage: str
+) -> None:
+    settings = settings_of(stores[0], ParallelConfig())
+    found, _ = run_on_gloo(2, look_where_rank_one_cannot_read, settings, damage)
+    assert len(found.documents) > GLOBAL_BATCH and not found.sequences
+    assert found.remarks == [
+        "running sequences again was given up: rank 1 cannot read them: "
+        "OSError(5, 'input/output error')"
     ]
 
 

@@ -101,6 +101,42 @@ def loader_that_falls_asleep(run: Callable[[], None]) -> Callable[[], None]:
     return body
 
 
+class Unfinished:
+    """A save in flight."""
+
+    def wait(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+
+def failing_while_it_saves(run: Callable[[], None]) -> Callable[[], None]:
+    """A run whose rank 1 fails in step 4, while a save is being written."""
+
+    def body() -> None:
+        from pretrain import train_loop
+
+        step = train_loop.TrainLoop._step
+
+        def _step(loop: train_loop.TrainLoop, state: object, stop: object) -> object:
+            if state.step == 3 and os.environ["RANK"] == "1":  # type: ignore[attr-defined]
+                loop.checkpoints._pending = Unfinished()  # type: ignore[assignment]
+                raise ValueError(f"failed at <{time.time()}>")
+            return step(loop, state, stop)  # type: ignore[arg-type]
+
+        train_loop.TrainLoop._step = _step  # type: ignore[method-assign,assignment]
+        run()
+
+    return body
+
+
+def test_a_save_in_flight_does_not_delay_the_word_of_a_failure(tmp_path: Path) -> None:
+    with start(tmp_path, failing_while_it_saves(run_of(tmp_path))) as run:
+        assert not {0, 75} & set(run.wait())
+    (failure,) = [e for e in read_events(tmp_path / "run") if e["kind"] == "rank_error"]
+    assert "rank 1 on " in failure["text"] and "ValueError: failed at <" in failure["text"]
+    failed = float(failure["text"].partition("<")[2].partition(">")[0])
+    assert failure["time"] - failed < 4.0  # the save was given 5
+
+
 def never(first_sample: int) -> list[object]:
     time.sleep(1000)
     return []

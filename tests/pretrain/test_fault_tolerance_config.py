@@ -5,7 +5,8 @@ import math
 import pytest
 
 from parallel.config import ConfigError, ParallelConfig
-from pretrain.config import FaultToleranceConfig, PretrainConfig, validate
+from pretrain.config import FaultToleranceConfig, PretrainConfig
+from pretrain.config_rules import validate
 from tests.parity import MODEL
 
 

@@ -5,7 +5,8 @@ from itertools import combinations
 import pytest
 
 from models.moe_config import MoEConfig
-from pretrain.config import PretrainConfig, TrainConfig, validate
+from pretrain.config import PretrainConfig, TrainConfig
+from pretrain.config_rules import validate
 from pretrain.layouts import (
     Layout,
     each_value_once,

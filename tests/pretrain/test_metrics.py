@@ -18,7 +18,8 @@ import pytest
 
 from data.config import MixtureConfig, Weighting
 from data.language_mixture import LanguageMixture
-from data.token_store import TokenStore, TokenStoreWriter
+from data.store_writer import TokenStoreWriter
+from data.token_store import TokenStore
 from launch.schema import load
 from models.parameter_count import parameter_count
 from parallel.config import ConfigError

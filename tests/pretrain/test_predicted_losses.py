@@ -17,7 +17,8 @@ import pytest
 from data.config import MixtureConfig, Weighting, WhenExhausted
 from data.language_mixture import LanguageMixture
 from data.mixture_law import differences, open_law, open_law_of
-from data.token_store import TokenStore, TokenStoreWriter
+from data.store_writer import TokenStoreWriter
+from data.token_store import TokenStore
 from launch.schema import load
 from pretrain.html_report import render, write_html_report
 from pretrain.predicted_losses import (

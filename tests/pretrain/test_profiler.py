@@ -18,7 +18,8 @@ from parallel.engine import MegatronEngine
 from parallel.failure_watch import FailureWatch
 from parallel.runtime import initialize
 from parallel.stage_clock import STAGES, StageClock
-from pretrain.config import PretrainConfig, ProfileConfig, validate
+from pretrain.config import PretrainConfig, ProfileConfig
+from pretrain.config_rules import validate
 from pretrain.parity import LANGUAGES
 from pretrain.profiler import RankTimes, StepProfiler, format_table
 from pretrain.stragglers import STRAGGLERS_FILE, StragglerReport

@@ -285,6 +285,19 @@ def test_bad_input_is_one_clear_error(start: Start, whole: Path, case: str) -> N
     assert before == sorted((p, p.stat().st_mtime_ns) for p in whole.rglob("*"))
 
 
+def test_a_start_that_is_refused_leaves_no_folder(start: Start, tmp_path: Path) -> None:
+    """And a run folder that cannot be made is refused in the same words on every rank."""
+    run = start(2, "parallel=tp2", "data.corpus=/no/such/file.jsonl")
+    assert run.wait() == [2, 2], run.output()
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "file").touch()
+    run = start(2, "parallel=tp2", run_dir=tmp_path / "file")
+    assert run.wait() == [2, 2], run.output()
+    assert "Traceback" not in run.output()
+    said = f"run_dir={tmp_path}/file: {tmp_path}/file is a file; name a folder"
+    assert run.log(0).read_text().strip() == f"error on rank 0: {said}"
+
+
 def test_ratios_change_on_the_way_and_the_data_may_end(start: Start, tmp_path: Path) -> None:
     """A stage from sample 8 on; then a language is used up, which ends the run before its steps."""
     said = finish(

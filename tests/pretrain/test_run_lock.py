@@ -3,11 +3,13 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,10 @@ import pytest
 
 from data import folder_lock
 from data.folder_lock import LockFile
+from parallel.config import ConfigError
 from pretrain import run_lock
 from pretrain.run_lock import RunFolderBusyError, RunLock
+from tests.disks import read_only, small_disk
 
 ROOT = Path(__file__).resolve().parents[2]
 HOLD = """
@@ -30,7 +34,7 @@ with RunLock(sys.argv[1]):
 
 @pytest.fixture(autouse=True)
 def outside_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT"):
+    for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -51,6 +55,7 @@ def test_the_second_is_refused_with_the_name_of_the_first(
     monkeypatch.setenv("SLURM_JOB_ID", "98")
     run_dir = tmp_path / "deep" / "run"
     with RunLock(run_dir):
+        (run_dir / "config.yaml").touch()
         monkeypatch.setenv("SLURM_JOB_ID", "99")
         with pytest.raises(RunFolderBusyError) as refused:
             RunLock(run_dir).__enter__()
@@ -58,7 +63,7 @@ def test_the_second_is_refused_with_the_name_of_the_first(
     name = f"process {os.getpid()} on {os.uname().nodename} (SLURM job 98) since "
     assert said.startswith(f"run_dir={run_dir} is being written by {name}")
     assert "UTC, last heartbeat 0 s ago; let that run end, stop it, or choose another" in said
-    assert list(run_dir.iterdir()) == []
+    assert [path.name for path in run_dir.iterdir()] == ["config.yaml"]
     with RunLock(run_dir):
         pass
 
@@ -119,6 +124,39 @@ def test_two_steps_of_one_job_are_two_runs(tmp_path: Path, monkeypatch: pytest.M
     write_lock(tmp_path, slurm_job_id="98", slurm_restart_count="0")
     with pytest.raises(RunFolderBusyError):
         RunLock(tmp_path).__enter__()
+
+
+@pytest.mark.parametrize(("of_holder", "ours"), [("a", "a"), ("none", "none"), ("a", "b")])
+def test_a_torchrun_waits_less_for_a_host_it_has_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, of_holder: str, ours: str
+) -> None:
+    monkeypatch.setattr(run_lock, "STALE_SECONDS", 21.0)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", ours)
+    write_lock(tmp_path, age=20, torchrun_id=of_holder, ends_alone_after=15.0, **ELSEWHERE)
+    start = time.monotonic()
+    with RunLock(tmp_path):
+        assert (time.monotonic() - start < 0.5) == (ours == of_holder == "a")
+
+
+def test_a_host_that_ends_late_is_given_as_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a")
+    write_lock(tmp_path, age=20, torchrun_id="a", ends_alone_after=21.0, **ELSEWHERE)
+    start = time.monotonic()
+    with RunLock(tmp_path, ends_alone_after=33.0):
+        assert time.monotonic() - start > 0.5
+        assert json.loads((tmp_path / "lock").read_text())["ends_alone_after"] == 33.0
+
+
+def test_a_refused_start_takes_the_folder_away_from_one_that_waits(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    write_lock(tmp_path / "run", age=0, **ELSEWHERE)
+    remove = threading.Timer(0.5, shutil.rmtree, [tmp_path / "run"])
+    remove.start()
+    with RunLock(tmp_path / "run") as lock:
+        lock.check()
+    remove.join()
 
 
 def test_a_lock_that_says_nothing_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,3 +262,42 @@ def test_of_many_starters_exactly_one_wins(tmp_path: Path, before: str) -> None:
     for process in processes:
         process.join()
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_a_folder_that_cannot_be_made_or_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for run_dir, said in (
+        (tmp_path / "file", f"{tmp_path / 'file'} is a file; name a folder"),
+        (tmp_path / "file" / "run", f"{tmp_path / 'file'} is a file; name a folder"),
+        (tmp_path / ("a" * 300), f"cannot be written below {tmp_path} (File name too long)"),
+        (Path("/proc/run"), "cannot be written below /proc (No such file or directory)"),
+    ):
+        with pytest.raises(ConfigError) as refused:
+            RunLock(run_dir).__enter__()
+        assert str(refused.value).startswith(f"run_dir={run_dir}: {said}")
+
+
+def test_a_full_or_read_only_disk(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", "1m") as disk:
+        with suppress(OSError), open(disk / "fills", "wb") as file:
+            file.write(bytes(2 << 20))
+        with pytest.raises(
+            ConfigError, match=f"^no space left on the file system of run_dir={disk}"
+        ):
+            RunLock(disk / "run").__enter__()
+        assert not (disk / "run").exists()
+        read_only(disk)
+        with pytest.raises(ConfigError, match=f"^run_dir={disk}/run: {disk} may not be written"):
+            RunLock(disk / "run").__enter__()
+
+
+def test_a_folder_of_its_own_making_that_stays_empty_goes(tmp_path: Path) -> None:
+    for name, made_before, written in (("a", False, False), ("b", True, False), ("c", False, True)):
+        run_dir = tmp_path / name
+        if made_before:
+            run_dir.mkdir()
+        with RunLock(run_dir):
+            assert run_dir.is_dir()
+            if written:
+                (run_dir / "config.yaml").write_text("")
+        assert run_dir.exists() == (made_before or written)

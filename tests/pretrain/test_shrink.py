@@ -9,7 +9,8 @@ from launch.schema import CONF, load
 from models.config import ModelConfig
 from models.moe_config import MoEConfig, RouterType
 from parallel.config import ConfigError, ParallelConfig
-from pretrain.config import PretrainConfig, TrainConfig, validate
+from pretrain.config import PretrainConfig, TrainConfig
+from pretrain.config_rules import validate
 from pretrain.shrink import Shrunk, processes_needed, shrink
 
 MODELS = sorted(path.stem for path in (CONF / "model").glob("*.yaml"))
@@ -56,6 +57,20 @@ def test_what_fits_stays_and_two_replicas_join() -> None:
     assert not [axis.remark for axis in small.axes if axis.remark]
     assert small.config.train.micro_batch_size == 2
     assert small.config.train.global_batch_size == 2 * 2 * 2 * 2  # 4 micro-batches a replica
+
+
+@pytest.mark.parametrize(("size", "context", "processes"), [(8, 1, 2), (8, 1, 8), (4, 4, 16)])
+def test_the_other_engine_stays_legal(size: int, context: int, processes: int) -> None:
+    """ZeRO-3 refuses experts that are not sharded as the rest, whichever axis is halved first."""
+    words = ["+model=xmoe_7b_64e", "parallel=tp8_sp", f"parallel.context_parallel_size={context}"]
+    words += [f"parallel.{kind}_parallel_size={size}" for kind in ("tensor_model", "expert_tensor")]
+    engine = ["engine=deepspeed", "deepspeed.zero_stage=3", "deepspeed.native_adam=true"]
+    small = shrink(config(*words, *engine, "parallel.precision=fp32"), processes)
+    parallel, deepspeed = small.config.parallel, small.config.deepspeed
+    assert parallel.expert_tensor_parallel_size == parallel.tensor_model_parallel_size
+    assert (deepspeed.zero_stage, deepspeed.native_adam) == (3, False)
+    assert deepspeed.reduce_bucket_size < 10_000
+    assert any("torch's Adam" in remark for remark in small.remarks)
 
 
 def test_long_axes_are_halved_and_say_so() -> None:

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from parallel.config import ConfigError
-from pretrain.config import PretrainConfig, TensorboardConfig, WandbConfig, WandbMode, validate
+from pretrain.config import PretrainConfig, TensorboardConfig, WandbConfig, WandbMode
+from pretrain.config_rules import validate
 from pretrain.tracker import (
     MetricsFile,
     NullTracker,
@@ -337,7 +338,7 @@ def test_tensorboard_without_its_package_is_refused_before_training(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     config = PretrainConfig(model=MODEL, tensorboard=TensorboardConfig(enabled=True))
-    monkeypatch.setattr("pretrain.config.find_spec", lambda name: None)
+    monkeypatch.setattr("pretrain.config_rules.find_spec", lambda name: None)
     message = r"^tensorboard\.enabled=true needs the package tensorboard, which is not installed"
     with pytest.raises(ConfigError, match=message):
         validate(config, world_size=8)

@@ -27,10 +27,12 @@ def sentence(language: str, number: int) -> str:
     return " ".join(words) + f" {number}."
 
 
-def deb(path: Path, files: dict[str, bytes], compression: str = "xz") -> Path:
+def deb(
+    path: Path, files: dict[str, bytes], compression: str = "xz", archive: str = "data.tar"
+) -> Path:
     """A Debian package: an ar archive of debian-binary and data.tar."""
     content = b"!<arch>\n"
-    name = f"data.tar.{compression}" if compression else "data.tar"
+    name = f"{archive}.{compression}" if compression else archive
     for member, part in (("debian-binary", b"2.0\n"), (name, tar(files, compression))):
         content += f"{member:<16}{'0':<12}{'0':<6}{'0':<6}{'644':<8}{len(part):<10}`\n".encode()
         content += part + b"\n" * (len(part) % 2)

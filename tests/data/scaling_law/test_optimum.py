@@ -41,10 +41,16 @@ def random_law(families: int, seed: int) -> ScalingLaw:
 FIVE = random_law(5, seed=1)
 
 
+def best(law: ScalingLaw, **wishes: Any) -> Optimum:
+    return optimal_ratios(law, Goal(num_parameters=N, tokens=D, **wishes))
+
+
 def test_the_normalised_objective_needs_gamma_alone_and_gives_the_quoted_gain() -> None:
     """γ = ln(L / L*) / ln 5 from the uniform 1.2B run: an inference, see test_sampling_weights."""
     law = law_of({name: math.log(x) / math.log(5) for name, x in QUOTED.items()})
-    small, large = (optimal_ratios(law, n, d) for n, d in ((1e7, 1e9), (N, D)))
+    small, large = (
+        optimal_ratios(law, Goal(num_parameters=n, tokens=d)) for n, d in ((1e7, 1e9), (N, D))
+    )
     assert small.ratios == large.ratios
     assert list(large.ratios.values()) == pytest.approx(
         [0.1646, 0.2078, 0.3077, 0.1646, 0.1554], abs=5e-5
@@ -93,11 +99,9 @@ def test_free_families_are_stationary(families: int, bounds: str, objective: Obj
                 name: D / families * draw.choice([0.2, 2]) for name in law.families
             } | {"f0": D}
             limits["max_epochs"] = 4
-        found = optimal_ratios(
+        found = best(
             law,
-            N,
-            D,
-            objective,
+            objective=objective,
             weights=weights if objective is Objective.weights else None,
             **limits,
         )
@@ -109,10 +113,10 @@ def test_free_families_are_stationary(families: int, bounds: str, objective: Obj
 
 
 def test_what_a_family_may_not_take_goes_to_the_others() -> None:
-    free = optimal_ratios(FIVE, N, D)
+    free = best(FIVE)
     scarce = max(free.ratios, key=free.ratios.__getitem__)
     supply = dict.fromkeys(FIVE.families, D) | {scarce: free.ratios[scarce] * D / 8}
-    capped = optimal_ratios(FIVE, N, D, supply=supply, max_epochs=4)
+    capped = best(FIVE, supply=supply, max_epochs=4)
     assert capped.at_bounds == {scarce: "supply"}
     assert capped.ratios[scarce] == pytest.approx(free.ratios[scarce] / 2, rel=1e-12)
     assert capped.ratios[scarce] * D / supply[scarce] == pytest.approx(4)
@@ -122,21 +126,21 @@ def test_what_a_family_may_not_take_goes_to_the_others() -> None:
 
 
 def test_at_least_of_one_family() -> None:
-    found = optimal_ratios(FIVE, N, D, Objective.sum, at_least={"f3": 0.6})
+    found = best(FIVE, objective=Objective.sum, at_least={"f3": 0.6})
     assert found.ratios["f3"] == 0.6 and found.at_bounds == {"f3": "at_least"}
 
 
 def test_a_weight_draws_tokens() -> None:
-    plain = optimal_ratios(FIVE, N, D, Objective.sum)
-    same = optimal_ratios(FIVE, N, D, Objective.weights, weights={"f2": 1.0})
-    heavy = optimal_ratios(FIVE, N, D, Objective.weights, weights={"f2": 10.0})
+    plain = best(FIVE, objective=Objective.sum)
+    same = best(FIVE, objective=Objective.weights, weights={"f2": 1.0})
+    heavy = best(FIVE, objective=Objective.weights, weights={"f2": 10.0})
     assert same == plain
     assert heavy.ratios["f2"] > 2 * plain.ratios["f2"]
 
 
 def test_text_for_exactly_the_run_leaves_no_choice() -> None:
     supply = {name: D / 20 for name in FIVE.families}
-    found = optimal_ratios(FIVE, N, D, supply=supply, max_epochs=4)
+    found = best(FIVE, supply=supply, max_epochs=4)
     assert list(found.ratios.values()) == pytest.approx([0.2] * 5)
     assert found.multiplier is None and set(found.at_bounds) == set(FIVE.families)
 
@@ -145,7 +149,7 @@ def test_five_families_in_ten_milliseconds() -> None:
     seconds = []
     for _ in range(5):  # the fastest of some: the machine may be busy
         start = time.process_time()
-        optimal_ratios(FIVE, N, D, supply=dict.fromkeys(FIVE.families, D / 8), max_epochs=4)
+        best(FIVE, supply=dict.fromkeys(FIVE.families, D / 8), max_epochs=4)
         seconds.append(time.process_time() - start)
     assert min(seconds) < 0.010
 
@@ -180,14 +184,14 @@ def test_five_families_in_ten_milliseconds() -> None:
 )
 def test_bad_input(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        optimal_ratios(FIVE, N, D, **arguments)
+        best(FIVE, **arguments)
 
 
 def test_a_family_that_gains_nothing_from_its_text() -> None:
     with pytest.raises(
         ValueError, match=r"gamma of a: -0\.01: by this fit more of a family's text"
     ):
-        optimal_ratios(law_of({"a": -0.01, "b": 0.1}), N, D)
+        best(law_of({"a": -0.01, "b": 0.1}))
 
 
 def test_all_problems_at_once_and_before_there_is_a_law() -> None:

@@ -1,0 +1,36 @@
+"""What several commands of launch/ have on their command lines, and how they end.
+
+Imports neither torch nor megatron-core.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+
+
+def words_parser(program: str, description: str | None) -> argparse.ArgumentParser:
+    """A parser that takes the launcher's SETTING=VALUE words."""
+    parser = argparse.ArgumentParser(
+        prog=program,
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("words", nargs="*", metavar="SETTING=VALUE", help="as for the launcher")
+    return parser
+
+
+def add_config_dir(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config-dir", "-cd", metavar="DIR", help="as for the launcher")
+
+
+def run_on_one_cpu(work: Callable[[], None]) -> None:
+    """work() in one process on the CPU, also where there are GPUs; to be called before torch is
+    imported. What is wrong with settings or files is one line on stderr and exit status 2."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    try:
+        work()
+    except (ValueError, OSError, RuntimeError) as error:  # also ConfigError, CheckpointError
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
