@@ -12,15 +12,19 @@ from pretrain.config import PretrainConfig
 TOPIC = "settings"
 
 
+def refused_on_gpu(config: PretrainConfig) -> list[str]:
+    """What the engine refuses once it finds itself on a GPU, and what to change."""
+    if config.engine is not EngineKind.deepspeed:
+        return []
+    return problems_on_gpu(Launch(config.parallel, config.deepspeed, config.model.moe.num_experts))
+
+
 def check_engine(
     config: PretrainConfig, device: str | None, cluster: ClusterConfig | None, findings: Findings
 ) -> None:
     """Errors where `device` is said or the nodes of `cluster` have GPUs; warnings where nobody has
     said what the run is to have; nothing for a cluster without GPUs."""
-    if config.engine is not EngineKind.deepspeed:
-        return
-    launch = Launch(config.parallel, config.deepspeed, config.model.moe.num_experts)
-    problems = problems_on_gpu(launch)
+    problems = refused_on_gpu(config)
     if device is not None or (cluster is not None and cluster.gpus_per_node):
         findings.errors(TOPIC, problems)
     elif cluster is None:

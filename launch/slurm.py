@@ -35,6 +35,7 @@ import yaml  # type: ignore[import-untyped]
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from launch.check_engine import refused_on_gpu
 from launch.check_scale import too_much_for_shipped_text
 from launch.command_line import add_config_dir, words_parser
 from launch.config import ClusterConfig
@@ -137,6 +138,7 @@ def make_job(wish: Wish) -> Job:
         python=cluster.python or sys.executable,
     )
     problems += check_paths(job) + check_layout(job) + check_times(job) + check_partition(job)
+    problems += refused_on_gpu(config) if cluster.gpus_per_node else []
     if problems:
         raise ConfigError(*problems)
     return job

@@ -4,6 +4,7 @@ Imports neither torch nor megatron-core.
 """
 
 import math
+import os
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -322,6 +323,9 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         # Hydra resolves the interpolation; a config made in Python has it resolved here
         self.run_dir = self.run_dir.replace("${model.name}", self.model.name)
+        # not every shell does this behind "="
+        self.run_dir = os.path.expanduser(self.run_dir)
+        self.checkpoint.load = os.path.expanduser(self.checkpoint.load)
         if not self.run_dir:
             raise ConfigError(
                 f"run_dir= is empty; name the folder the run may write, as in "

@@ -302,6 +302,9 @@ def make_sweep(
         told = lines if not isinstance(error, OmegaConfBaseException) else lines[:1]
         if isinstance(error, OmegaConfBaseException) and error.full_key:
             told = [f"{error.full_key}: {told[0]}"]
+            typed = OmegaConf.select(OmegaConf.create(dict(changes or {})), error.full_key)
+            if typed is not None:
+                raise ValueError(f"{error.full_key}={typed}: {lines[0]}") from None
         raise ValueError("\n".join(f"{where}: {line}" for line in told)) from None
     assert isinstance(sweep, SweepConfig)
     return sweep

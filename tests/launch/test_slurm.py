@@ -300,6 +300,14 @@ def test_processes_and_layout(capsys: pytest.CaptureFixture[str]) -> None:
     assert "parallel.tensor_model_parallel_size=2 spans nodes" in capsys.readouterr().err
 
 
+def test_what_an_engine_refuses_on_a_gpu_is_refused_here(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ["+model=magneto_1b", "engine=deepspeed", "deepspeed.zero_stage=0"]
+    (problem,) = refused(*words, "cluster=gpu8_infiniband", capsys=capsys)
+    assert "parallel.precision=auto (bf16 on a GPU)" in problem
+
+
 def test_a_site_has_to_be_chosen(capsys: pytest.CaptureFixture[str]) -> None:
     (told,) = refused("+model=magneto_tiny", capsys=capsys)
     assert told.startswith("no site is chosen; add cluster=NAME. There are generic, ")

@@ -168,7 +168,7 @@ REFUSED = {
         "design", "laptop", "grid.point=3"
     ],
     "changes are SETTING=VALUE": ["design", "laptop", "points"],
-    "grid.points: Value 'x'": ["design", "laptop", "grid.points=x"],
+    "error: grid.points=x: Value 'x'": ["design", "laptop", "grid.points=x"],
     "the data has germanic, indic, romance, slavic; name": [
         "design", "laptop", "families=[germanic,romance,slavic]"
     ],

@@ -1,6 +1,7 @@
 """Rules of the run and across rooms, each broken once; every offered value is tried."""
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -82,6 +83,11 @@ def test_checkpoint_rules(name: str) -> None:
 
 def test_run_dir() -> None:
     assert PretrainConfig(model=model()).run_dir == "runs/tiny"
+    at_home = PretrainConfig(
+        model=model(), run_dir="~/runs", checkpoint=CheckpointConfig(load="~/other")
+    )
+    assert at_home.run_dir == str(Path.home() / "runs")
+    assert at_home.checkpoint.load == str(Path.home() / "other")
     with pytest.raises(ConfigError, match="run_dir= is empty"):
         PretrainConfig(model=model(), run_dir="")
 
