@@ -165,7 +165,7 @@ def test_what_the_pages_show_is_accepted() -> None:
     config = load(words)
     validate(config, world_size=1)
     assert config.anomaly.spike_warmup < config.train.train_steps  # or it could find no spike
-    assert config.run_dir == "runs/demo"
+    assert config.run_dir == "runs/spikes"
     (words,) = commands("docs/slurm.md", "python launch/pretrain.py --multirun")
     asked = dict(word.split("=") for word in words if word.startswith("hydra"))
     processes = int(asked["hydra.launcher.nodes"]) * int(asked["hydra.launcher.tasks_per_node"])
