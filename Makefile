@@ -8,9 +8,9 @@ MAKEFLAGS += --no-builtin-rules
 PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3)
 NPROC ?= 4
 ARGS ?=
-# Processes that share out the test files. Most tests keep one core busy, or wait: two halve the time
-# on two cores.
-TEST_JOBS ?= 2
+# Processes that share out the test files. Most tests keep one core busy, or wait: three keep two
+# cores busy (10 minutes, where two take 20).
+TEST_JOBS ?= 3
 
 # One thread a rank: several ranks share the cores, and OpenMP threads that wait for a core spin.
 export OMP_NUM_THREADS ?= 1

@@ -337,8 +337,8 @@ REFUSED: dict[str, dict[str, Any]] = {
     "flops_per_second=0.0: must be": {"flops_per_second": 0},
     "budget_flops=nan: must be": {"budget_flops": math.nan},
     "first_seed=-1: must be at least 0": {"first_seed": -1},
-    "grid.steps: Key 'steps' not in 'GridRuns'": {"grid": {"steps": 3}},
-    "grid.points: Value 'many'": {"grid": {"points": "many"}},
+    "grid.steps=3: Key 'steps' not in 'GridRuns'": {"grid": {"steps": 3}},
+    "grid.points=many: Value 'many'": {"grid": {"points": "many"}},
 }
 
 
