@@ -337,8 +337,6 @@ REFUSED: dict[str, dict[str, Any]] = {
     "flops_per_second=0.0: must be": {"flops_per_second": 0},
     "budget_flops=nan: must be": {"budget_flops": math.nan},
     "first_seed=-1: must be at least 0": {"first_seed": -1},
-    "grid.steps=3: Key 'steps' not in 'GridRuns'": {"grid": {"steps": 3}},
-    "grid.points=many: Value 'many'": {"grid": {"points": "many"}},
 }
 
 
@@ -350,6 +348,16 @@ def test_what_is_refused(words: str) -> None:
         make_sweep(sweep, "file", changes)
     assert words in str(caught.value)
     assert all(line.startswith("file: ") for line in str(caught.value).splitlines())
+
+
+def test_what_was_typed_is_named_and_not_the_file() -> None:
+    for words, changes in {
+        "grid.steps=3: Key 'steps' not in 'GridRuns'": {"grid": {"steps": 3}},
+        "grid.points=many: Value 'many'": {"grid": {"points": "many"}},
+    }.items():
+        with pytest.raises(ValueError) as caught:
+            make_sweep(SWEEP, "file", changes)
+        assert str(caught.value).startswith(words)
 
 
 def test_nothing_to_run() -> None:
