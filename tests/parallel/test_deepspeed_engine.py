@@ -233,16 +233,22 @@ def test_a_run_with_all_that_may_happen_at_other_stages(stage: int, offload: boo
     assert_same_story(zero(stage, offload_optimizer=offload), layout())
 
 
-def assert_same_story_in_bf16(settings: DeepSpeedConfig, parallel: ParallelConfig) -> None:
+def assert_same_story_in_bf16(
+    settings: DeepSpeedConfig, parallel: ParallelConfig, within: float = 3e-2
+) -> None:
     """Gradients of a micro-batch are rounded to 3 digits here, and there not; masters that differ
-    by little are rounded to weights that differ by more, so here means are compared: gains near 1
-    lie 0.0078 apart, and two of 32 rounded the other way are 5e-4, 5 % of lr."""
+    by little are rounded to weights that differ by more, so here means are compared."""
     parallel = replace(parallel, precision=Precision.bf16)
-    assert_same_story(settings, parallel, within=6e-2, size=torch.mean)
+    assert_same_story(settings, parallel, within=within, size=torch.mean)
+
+
+# Under TP a gain near 1 is a tensor of 32 numbers 0.0078 apart: two of them rounded the other way
+# are a mean of 5e-4, 5 % of lr.
+WITHIN_UNDER_TP = 6e-2
 
 
 def test_bf16_with_tensor_and_sequence_parallelism() -> None:
-    assert_same_story_in_bf16(zero(2), TP2_SP)
+    assert_same_story_in_bf16(zero(2), TP2_SP, WITHIN_UNDER_TP)
 
 
 @pytest.mark.slow
@@ -257,7 +263,8 @@ def test_bf16(stage: int, offload: bool) -> None:
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_bf16_in_other_layouts(stage: int, name: str) -> None:
     _, parallel = LAYOUTS[name]
-    assert_same_story_in_bf16(zero(stage), parallel)
+    within = WITHIN_UNDER_TP if parallel.tensor_model_parallel_size > 1 else 3e-2
+    assert_same_story_in_bf16(zero(stage), parallel, within)
 
 
 def with_a_weight_of_its_own() -> str:
