@@ -47,7 +47,8 @@ def test_every_shipped_model_shrinks_under_every_layout_it_allows(name: str) -> 
             assert small.world_size <= processes
             assert small.config.model.num_layers <= 32
             assert small.config.model.hidden_size <= 512
-    assert allowed >= (3 if name.startswith("scaling_") else 5)  # some with 2 or 3 heads
+    # an odd number of layers allows no pipeline
+    assert allowed >= (3 if name in ("scaling_3m", "scaling_810m") else 5)
 
 
 def test_what_fits_stays_and_two_replicas_join() -> None:
