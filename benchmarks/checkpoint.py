@@ -18,7 +18,8 @@ busy for all of them:
     load          Checkpoints.resume: checksums compared and state loaded, nothing cached
 
 Rates are of the state's size. Ratios are taken in each round; medians are printed, and single
-figures written as JSON. The first round makes the memory of the copy and is not counted.
+figures written as JSON. The first round makes the memory of the copy, plans who writes what, and
+is not counted.
 """
 
 from __future__ import annotations
@@ -76,7 +77,9 @@ class Rounds:
         self.folder = folder
         self.seconds: dict[str, list[float]] = {way: [] for way in WAYS}
         self.bytes = 0  # of a checkpoint, over all ranks
+        # kept for all rounds, as a run keeps its own: what a save plans serves the next one
         self._behind = self._checkpoints(async_save=True)
+        self._before = self._checkpoints(async_save=False)
         self._payload = self._copy = torch.empty(0, dtype=torch.uint8)
 
     def _checkpoints(self, *, async_save: bool) -> Checkpoints:
@@ -88,9 +91,8 @@ class Rounds:
     def run(self) -> None:
         """One round; the first also measures the size."""
         engine, state = self.training.engine, TrainState(step=1)
-        before = self._checkpoints(async_save=False)
         self._clear()
-        synchronous = self._timed(lambda: before.save(engine, state))
+        synchronous = self._timed(lambda: self._before.save(engine, state))
         self._measure_size()
         self._clear()
         self._note("disk write", self._write_to_disk)

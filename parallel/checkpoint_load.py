@@ -22,7 +22,6 @@ from __future__ import annotations
 import io
 import os
 import sys
-import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -32,6 +31,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from isal.isal_zlib import crc32
 from torch import Tensor
 from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed.checkpoint import FileSystemReader
@@ -307,7 +307,7 @@ class _FileReader:
             if count == 0:
                 break
             if self._check:
-                self.checksum = zlib.crc32(block[:count], self.checksum)
+                self.checksum = crc32(block[:count], self.checksum)
             read += count
             Progress.bytes += count
         self.at += read

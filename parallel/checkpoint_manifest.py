@@ -6,12 +6,10 @@
 `manifest.json` is written last, before the rename that publishes a checkpoint. The checksum is the
 CRC-32 of the whole file (zlib's, as the `crc32` command prints it): it finds every flipped bit and
 every damaged stretch of up to 32 bits, and misses other damage once in 4 billion. It guards against
-accidents, not against somebody. SHA-256 would take three times as long where the processor has
-instructions for it (1.2 against 3.5 GB/s measured), and eight times where it has not, more than a
-fast disk does.
+accidents, not against somebody. ISA-L takes it, at 12 GB/s on one core of a Xeon where zlib does
+2.2 (which made a checkpoint on a fast disk a third slower) and SHA-256 1.2.
 
-Pure Python: imports neither torch nor megatron-core. zlib lets go of the interpreter lock, so
-threads scale.
+Imports neither torch nor megatron-core. ISA-L lets go of the interpreter lock, so threads scale.
 """
 
 from __future__ import annotations
@@ -20,11 +18,12 @@ import contextlib
 import json
 import os
 import threading
-import zlib
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
+
+from isal.isal_zlib import crc32
 
 NAME = "manifest.json"
 FORMAT = 1
@@ -87,7 +86,7 @@ class ChecksummedFile:
             self.failure = self._named(error)
             raise self.failure from error
         if self._checksum is not None:
-            self._checksum = zlib.crc32(data, self._checksum)
+            self._checksum = crc32(data, self._checksum)
         size = memoryview(data).nbytes
         self._bytes += size
         self._unsynced += size
@@ -287,7 +286,7 @@ def file_entry(path: Path, *, checksums: bool = True) -> Entry:
     block = memoryview(bytearray(_BLOCK_BYTES))
     with open(path, "rb", buffering=0) as file:
         while count := file.readinto(block):
-            checksum = zlib.crc32(block[:count], checksum)
+            checksum = crc32(block[:count], checksum)
             size += count
             Progress.bytes += count
     return entry_of(size, checksum)

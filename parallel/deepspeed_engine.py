@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parallel import adam, optimizer_state
+from parallel.checkpoint_replicas import deal_out_weights
 from parallel.config import ConfigError, OptimizerConfig, ParallelConfig
 from parallel.deepspeed_config import DeepSpeedConfig, Launch, not_installed, problems_of
 from parallel.deepspeed_library import (
@@ -317,6 +318,7 @@ class DeepSpeedEngine(ModelEngine):
         model = self._engine.module
         with whole_shapes(model) if isinstance(self._shards, Zero3) else contextlib.nullcontext():
             described = model.sharded_state_dict(metadata=described_for_any_layout())
+            deal_out_weights(described)
             state: dict[str, Any] = {"model0": described}
             if isinstance(self._shards, Zero3):
                 state["model0"] = self._shares_for(described)

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 
 from parallel import adam, optimizer_state
+from parallel.checkpoint_replicas import deal_out_weights
 from parallel.collectives import skip_collectives_of_one_rank
 from parallel.config import OptimizerConfig, ParallelConfig
 from parallel.megatron import (
@@ -301,6 +302,7 @@ class MegatronEngine(ModelEngine):
             f"model{index}": chunk.module.sharded_state_dict(metadata=metadata)
             for index, chunk in enumerate(self.chunks)
         }
+        deal_out_weights(state)
         if weights_only:
             return state
         state["optimizer"] = optimizer_state.sharded_state(self.optimizer, state)
