@@ -243,8 +243,23 @@ def load_plain_values(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder} is not a complete checkpoint")
     try:
         return CheckpointReader(folder).plain
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"could not read {folder}: {error}") from error
+
+
+def plain_values_on_all_ranks(folder: Path) -> dict[str, Any]:
+    """`load_plain_values`, read by rank 0 alone. All ranks must call it; raises on all alike."""
+    problem, values = "", {}
+    if dist.get_rank() == 0:
+        try:
+            values = load_plain_values(folder)
+        except CheckpointError as error:
+            problem = str(error)
+    outcome = [problem, values]
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[0]:
+        raise CheckpointError(outcome[0])
+    return outcome[1]
 
 
 def is_complete(folder: Path) -> bool:

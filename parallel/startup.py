@@ -21,6 +21,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from parallel import meeting
 from parallel.config import ParallelConfig
 from parallel.rank_layout import describe_ranks
 
@@ -68,7 +69,8 @@ class Place:
     master_host: str
     master_port: int  # 0: alone, any free port
     hosts_store: bool
-    prefix: str  # keeps restarts of one job apart in a store that outlives them
+    prefix: str  # of this job's keys in a store that others may use as well
+    restart: str  # as this rank's agent counts them, which need not be how others do
 
     @property
     def address(self) -> str:
@@ -77,7 +79,7 @@ class Place:
     @classmethod
     def from_environment(cls, environment: dict[str, str]) -> Place:
         if "RANK" not in environment:
-            return cls(0, 1, 0, "127.0.0.1", 0, hosts_store=True, prefix="start/alone")
+            return cls(0, 1, 0, "127.0.0.1", 0, True, "start/alone", "0")
         needed = ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
         missing = [name for name in needed if not environment.get(name)]
         if missing:
@@ -93,7 +95,6 @@ class Place:
         local_rank = int(environment.get("LOCAL_RANK", rank % max(1, torch.cuda.device_count())))
         agent_hosts = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         run = environment.get("TORCHELASTIC_RUN_ID", "none")
-        restart = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
         return cls(
             rank,
             world_size,
@@ -101,20 +102,22 @@ class Place:
             environment["MASTER_ADDR"],
             int(environment["MASTER_PORT"]),
             hosts_store=rank == 0 and not agent_hosts,
-            prefix=f"start/{run}/{restart}/{world_size}",
+            prefix=f"start/{run}/{world_size}",
+            restart=environment.get("TORCHELASTIC_RESTART_COUNT", "0"),
         )
 
     @classmethod
     def from_process_group(cls) -> Place:
         rank, world_size = dist.get_rank(), dist.get_world_size()
         local_rank = int(os.environ.get("LOCAL_RANK", rank % max(1, torch.cuda.device_count())))
-        return cls(rank, world_size, local_rank, "existing process group", 0, False, "start/again")
+        host = "existing process group"
+        return cls(rank, world_size, local_rank, host, 0, False, "start/again", "0")
 
 
 class Stages:
     """Announce, wait for all, go through: one door after the other, kept in a shared store.
 
-    Keys under one attempt's prefix: `rank/<r>` = "<host>\\n<last stage>", and for each stage
+    Keys of one start (`parallel.meeting`): `rank/<r>` = "<host>\\n<last stage>", and for each stage
     `<stage>/count` and `<stage>/verdict`. The verdict is written once (compare_set): "go" by the
     last rank to arrive, or the error by whoever first runs out of time or fails; every waiting
     rank wakes on that one key, so all of them reach the same conclusion.
@@ -126,12 +129,12 @@ class Stages:
         self.host = platform.node()
         self.seconds: dict[str, float] = {}
         self.store: dist.Store
-        self._prefix = ""
 
     @contextlib.contextmanager
     def rendezvous(self) -> Iterator[None]:
         started = time.monotonic()
-        with self._last_resort("rendezvous", self.timeout + 1.0):
+        last_resort = self._last_resort("rendezvous", self.timeout + 1.0)
+        with last_resort, self._losing_the_store("rendezvous"):
             self.store = self._open_store(started + self.timeout)
         with self.stage("rendezvous", started):
             yield
@@ -154,11 +157,29 @@ class Stages:
             base = dist.distributed_c10d._get_default_store()
         else:
             base = self._connect(deadline)
-        # An elastic agent may keep its store over rounds that share one restart count. Every
-        # world_size tickets are one attempt: a round in which all arrived never meets the next.
-        ticket = base.add(f"{self.place.prefix}/tickets", 1)
-        self._prefix = f"{self.place.prefix}/{(ticket - 1) // self.place.world_size}"
-        return dist.PrefixStore(self._prefix, base)
+        store, place = dist.PrefixStore(self.place.prefix, base), self.place
+        rest = place.world_size, deadline, self._announce, "rendezvous/verdict"
+        if place.rank == 0:
+            return meeting.call(store, *rest)
+        # where those who wait for rank 0 in vain agree on what to say
+        alone = dist.PrefixStore(f"without rank 0/{place.restart}", store)
+        self._announce(alone)
+        return meeting.answer(store, place.rank, *rest) or alone
+
+    def _announce(self, store: dist.Store, stage: str = "rendezvous") -> None:
+        store.set(f"rank/{self.place.rank}", f"{self.host}\n{stage}")
+
+    @contextlib.contextmanager
+    def _losing_the_store(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except dist.DistError as error:
+            host = "torchrun's agent on the first node" if _agent_hosts() else "rank 0"
+            raise StartupError(
+                f'start-up stage "{name}": rank {self.place.rank} on {self.host} lost the store at'
+                f" {self.place.address}, which {host} hosts ({_first_line(error)}): that process"
+                " has ended or its host is gone. Look at its log."
+            ) from None
 
     def _connect(self, deadline: float) -> dist.TCPStore:
         place = self.place
@@ -192,10 +213,9 @@ class Stages:
             ) from None
 
     def _wait_for_all(self, name: str, deadline: float) -> None:
-        place = self.place
-        try:
-            self.store.set(f"rank/{place.rank}", f"{self.host}\n{name}")
-            if self.store.add(f"{name}/count", 1) == place.world_size:
+        with self._losing_the_store(name):
+            self._announce(self.store, name)
+            if self.store.add(f"{name}/count", 1) == self.place.world_size:
                 verdict = self.store.compare_set(f"{name}/verdict", "", _GO.decode())
             else:
                 remaining = max(0.001, deadline - time.monotonic())
@@ -205,17 +225,10 @@ class Stages:
                     verdict = self._decide(name)
             if verdict != _GO:
                 self._stay_until_read(name)
-        except dist.DistError as error:
-            host = "torchrun's agent on the first node" if _agent_hosts() else "rank 0"
-            raise StartupError(
-                f'start-up stage "{name}": rank {place.rank} on {self.host} lost the store at'
-                f" {place.address}, which {host} hosts ({_first_line(error)}): that process has"
-                " ended or its host is gone. Look at its log."
-            ) from None
         if verdict != _GO:
             kind, _, text = verdict.decode().partition("\n")
             raise (StartupTimeout if kind == "timeout" else StartupError)(
-                f"{text}\n  (this is rank {place.rank} on {self.host})"
+                f"{text}\n  (this is rank {self.place.rank} on {self.host})"
             )
 
     def _decide(self, name: str) -> bytes:

@@ -340,10 +340,16 @@ class Checkpoints:
         problems = self._problems(path)
         if problems:
             return TrainState(), problems
-        state = self._checked_values(path, parts)
+        stored = checkpoint_io.plain_values_on_all_ranks(path)
+        state = self._checked_values(stored, path, parts)
+        # Another run may have trained what is frozen here: then its optimizer state does not fit.
+        # Imported and converted checkpoints have none.
+        weights_only = parts != ALL_PARTS and (
+            "optimizer" not in stored or _on_any_rank(engine.has_frozen_parameters)
+        )
         search = checkpoint_io.DamageSearch(path) if self.config.verify_integrity else None
         try:
-            self._load_tensors(engine, path, parts, search)
+            self._load_tensors(engine, path, search, weights_only=weights_only)
         except CheckpointError:
             problems = search.result() if search is not None else []
             if not problems:  # then it does not belong to this run
@@ -360,9 +366,10 @@ class Checkpoints:
             return []
         return problems
 
-    def _checked_values(self, path: Path, parts: tuple[str, ...]) -> TrainState:
+    def _checked_values(
+        self, stored: dict[str, Any], path: Path, parts: tuple[str, ...]
+    ) -> TrainState:
         """What the run goes on from besides tensors; raises where it belongs to another run."""
-        stored = checkpoint_io.load_plain_values(path)
         if parts == ALL_PARTS:
             check_plain_values(stored, self._plain_values(TrainState()), path)
         saved = stored.get("train_state", {})
@@ -374,15 +381,10 @@ class Checkpoints:
         self,
         engine: Engine,
         path: Path,
-        parts: tuple[str, ...],
         search: checkpoint_io.DamageSearch | None,
+        *,
+        weights_only: bool,
     ) -> None:
-        # Another run may have trained what is frozen here: then its optimizer state does not fit.
-        # Imported and converted checkpoints have none.
-        weights_only = parts != ALL_PARTS and (
-            "optimizer" not in checkpoint_io.load_plain_values(path)
-            or _on_any_rank(engine.has_frozen_parameters)
-        )
         wanted = engine.sharded_state_dict(is_loading=True, weights_only=weights_only)
         state = checkpoint_io.load(wanted, path, weights_only=weights_only, search=search)
         if weights_only:

@@ -47,8 +47,10 @@ def error_of(action: str, folder: Path) -> str:
             checkpoint_io.load(state(0.0), folder)
         elif action == "load another shape":
             checkpoint_io.load(state(0.0, shape=5), folder)
-        else:
+        elif action == "load plain values":
             checkpoint_io.load_plain_values(folder)
+        else:
+            checkpoint_io.plain_values_on_all_ranks(folder)
     except CheckpointError as error:
         return str(error)
     return ""
@@ -60,6 +62,7 @@ def error_of(action: str, folder: Path) -> str:
         ("save", True, "exists already"),
         ("load", False, "is not a complete checkpoint"),
         ("load plain values", False, "is not a complete checkpoint"),
+        ("read plain values together", False, "is not a complete checkpoint"),
         ("load another shape", True, "of another shape (1): w [8] stored, [10] wanted"),
     ],
 )
@@ -71,6 +74,15 @@ def test_failures_are_raised_on_every_rank(
         run_on_gloo(2, save_and_load, folder)
     for text in run_on_gloo(2, error_of, action, folder):
         assert expected in text
+
+
+def test_plain_values_that_cannot_be_read_are_told_on_every_rank(tmp_path: Path) -> None:
+    folder = tmp_path / "c"
+    run_on_gloo(2, save_and_load, folder)
+    (folder / "common.pt").unlink()
+    (folder / "common.pt").symlink_to("/proc/sys/net/ipv4/route/flush")  # write-only, for root too
+    for text in run_on_gloo(2, error_of, "read plain values together", folder):
+        assert text.startswith(f"could not read {folder}: [Errno 13] Permission denied: ")
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:

@@ -342,20 +342,32 @@ def test_a_rank_without_a_part_of_a_parameter_group(stage: int) -> None:
     assert_parity(TINY, layout(), 4, zero(stage))
 
 
-def marked_for_an_average(name: str) -> str:
+FINAL_NORM, QUERY_NORM = (
+    "decoder.final_layernorm.weight",
+    "decoder.layers.0.self_attention.q_layernorm.weight",
+)
+
+
+def with_gradients_to_be_summed(name: str) -> str:
     runtime = initialize(TP2_SP, 1)
     chunks = build_model(MODEL, TP2_SP, runtime, vocab_size=VOCAB, seed=7)
-    dict(chunks[0].named_parameters())[name].average_gradients_across_tp_domain = True
+    if name == FINAL_NORM:
+        dict(chunks[0].named_parameters())[name].average_gradients_across_tp_domain = True
+    else:
+        chunks[0].config.qk_layernorm = True
+        attention = chunks[0].decoder.layers[0].self_attention
+        attention.q_layernorm = torch.nn.LayerNorm(attention.hidden_size_per_attention_head)
     with pytest.raises(ValueError) as caught:
         DeepSpeedEngine(chunks, TP2_SP, OPTIMIZER, zero(1), runtime)
     shutdown(runtime)
     return str(caught.value)
 
 
-def test_gradients_that_nobody_would_reduce_are_refused() -> None:
-    name = "decoder.final_layernorm.weight"
-    for text in run_on(2, marked_for_an_average, name):
-        assert f"does not reduce the gradients of {name} over tensor-parallel ranks; use" in text
+@pytest.mark.parametrize("name", [FINAL_NORM, QUERY_NORM])
+def test_gradients_that_nobody_would_reduce_are_refused(name: str) -> None:
+    for text in run_on(2, with_gradients_to_be_summed, name):
+        assert "engine=deepspeed does not reduce the gradients of" in text
+        assert name in text and "over tensor-parallel ranks; use engine=megatron" in text
 
 
 # ---- every stage and layout ----------------------------------------------------------------------
