@@ -366,10 +366,15 @@ def _write(path: Path, text: str) -> None:
 
 
 def whole_number(text: str) -> int:
-    """10000000000, or 1e10."""
-    value = float(text)
+    """10000000000, 1e10 or 10G."""
+    try:
+        value = quantity("", text) if text.strip() != "0" else 0  # whose rule stands elsewhere
+    except ValueError:
+        value = 0.5
     if value != int(value):
-        raise ValueError(text)
+        raise argparse.ArgumentTypeError(
+            f"{text}: must be a whole number above 0, such as 20000, 1e10 or 10k"
+        )
     return int(value)
 
 

@@ -72,6 +72,8 @@ def find_checkpoint(path: Path, step: int | None = None) -> Path:
     for folder in found:
         if step_of(folder) == step:
             return folder
+    if found == [path]:
+        raise FileNotFoundError(f"{path} is one checkpoint, whose step is not asked for: leave it")
     steps = ", ".join(str(step_of(folder)) for folder in found)
     raise FileNotFoundError(f"{path} holds no checkpoint of step {step}; there are {steps}")
 

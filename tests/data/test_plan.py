@@ -10,7 +10,7 @@ import pytest
 
 from data.config import MixtureConfig, MixtureStage, Weighting, WhenExhausted
 from data.language_mixture import LanguageMixture
-from data.plan import Plan, PlanRow, describe, main, make_plan, short
+from data.plan import Plan, PlanRow, describe, main, make_plan, short, whole_number
 from data.plan_plot import plot_plan
 from data.token_store import TokenStore
 
@@ -281,6 +281,19 @@ def test_settings_that_do_not_fit(
     err = capsys.readouterr().err
     assert says in err and err.startswith("python -m data.plan: error: ")
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("typed", "number"), [("10", 10), ("1e3", 1000), ("2k", 2000)])
+def test_lengths_as_people_type_them(typed: str, number: int) -> None:
+    assert whole_number(typed) == number
+
+
+@pytest.mark.parametrize("typed", ["1.5", "-3", "many"])
+def test_a_length_that_is_none(capsys: pytest.CaptureFixture[str], typed: str) -> None:
+    with pytest.raises(SystemExit):
+        main(["folder", f"--steps={typed}"])
+    said = capsys.readouterr().err
+    assert f"argument --steps: {typed}: must be a whole number above 0, such as 20000" in said
 
 
 def test_what_must_be_said(

@@ -176,6 +176,8 @@ def test_what_is_no_checkpoint_is_said(copy: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="complete checkpoint; name a run folder, its chec"):
         call("verify", tmp_path / "empty")
+    with pytest.raises(FileNotFoundError, match="is one checkpoint, whose step is not asked for"):
+        find_checkpoint(find_checkpoints(copy)[0], 3)
     with pytest.raises(FileNotFoundError, match="no checkpoint of step 3; there are 2, 10"):
         find_checkpoint(copy, 3)
     assert find_checkpoints(copy / "checkpoints") == find_checkpoints(copy)

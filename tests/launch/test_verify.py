@@ -82,19 +82,6 @@ main()
 """
 
 
-def test_a_defect_of_the_other_engine(tmp_path: Path) -> None:
-    ended = start(
-        *("+model=magneto_tiny", "parallel=tp2", "parallel.sequence_parallel=true"),
-        *("engine=deepspeed", "verify.processes=2"),
-        folder=tmp_path,
-        python=("-c", DEFECT_OF_DEEPSPEED),
-        CUDA_VISIBLE_DEVICES="",
-    )
-    assert ended.returncode == 1, ended.stdout + ended.stderr
-    assert "FAIL: this layout trains another model than one process" in ended.stdout
-    assert "losses                  " in ended.stdout and "gradients" in ended.stdout
-
-
 DEFECT = """
 import models.language_model
 # the gradient in front of the output layer, of this rank's vocabulary only
@@ -104,11 +91,19 @@ main()
 """
 
 
-def test_a_defect_ends_with_exit_status_1(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("defect", "words"),
+    [
+        (DEFECT, []),
+        (DEFECT_OF_DEEPSPEED, ["parallel.sequence_parallel=true", "engine=deepspeed"]),
+    ],
+    ids=["megatron", "deepspeed"],
+)
+def test_a_defect_ends_with_exit_status_1(defect: str, words: list[str], tmp_path: Path) -> None:
     ended = start(
-        *("+model=magneto_tiny", "parallel=tp2", "verify.processes=2"),
+        *("+model=magneto_tiny", "parallel=tp2", "verify.processes=2", *words),
         folder=tmp_path,
-        python=("-c", DEFECT),
+        python=("-c", defect),
         CUDA_VISIBLE_DEVICES="",
     )
     assert ended.returncode == 1, ended.stdout + ended.stderr
