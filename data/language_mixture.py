@@ -293,12 +293,13 @@ def language_shares(
     Raises ValueError for ratios, exponents or shares that do not name exactly the families or
     languages there are; `setting` is how the user wrote the rule.
     """
-    unknown = sorted(set(rule.drop_languages) - set(sizes))
-    if unknown:
-        raise ValueError(
-            f"{setting}.drop_languages names {', '.join(unknown)}"
-            f"{did_you_mean(unknown, sizes) or '.'} The data has {', '.join(sizes)}"
-        )
+    for name in ("drop_languages", "language_shares"):
+        unknown = sorted(set(getattr(rule, name)) - set(sizes))
+        if unknown:
+            raise ValueError(
+                f"{setting}.{name} names {', '.join(unknown)}"
+                f"{did_you_mean(unknown, sizes) or '.'} The data has {', '.join(sizes)}"
+            )
     drawn = {code: 0.0 if code in rule.drop_languages else n for code, n in sizes.items()}
     members: dict[str, dict[str, float]] = {}
     for code, size in drawn.items():
