@@ -248,18 +248,8 @@ def load_plain_values(folder: Path) -> dict[str, Any]:
 
 
 def plain_values_on_all_ranks(folder: Path) -> dict[str, Any]:
-    """`load_plain_values`, read by rank 0 alone. All ranks must call it; raises on all alike."""
-    problem, values = "", {}
-    if dist.get_rank() == 0:
-        try:
-            values = load_plain_values(folder)
-        except CheckpointError as error:
-            problem = str(error)
-    outcome = [problem, values]
-    dist.broadcast_object_list(outcome, src=0)
-    if outcome[0]:
-        raise CheckpointError(outcome[0])
-    return outcome[1]
+    """`load_plain_values`, which all ranks must call. Raises on all alike."""
+    return _on_every_rank(lambda: load_plain_values(folder), f"load {folder.name}")
 
 
 def is_complete(folder: Path) -> bool:

@@ -45,6 +45,7 @@ def _deal_out(weights: Sequence[Any], replicas: int) -> None:
     loads = [(0, replica) for replica in range(replicas)]
     for entry in sorted(weights, key=lambda entry: -entry.data.nbytes):
         size, writer = loads[0]
-        heapq.heapreplace(loads, (size + entry.data.nbytes, writer))
         *others, mine = entry.replica_id
+        if not any(others):  # else another rank's copy is written, whoever is chosen here
+            heapq.heapreplace(loads, (size + entry.data.nbytes, writer))
         entry.replica_id = (*others, (mine - writer) % replicas)

@@ -19,13 +19,14 @@ import torch.distributed as dist
 _LOOKS_PER_SECOND = 4000.0
 
 Announce = Callable[[dist.Store], None]
+GaveUp = Callable[[dist.Store], bool]
 
 
 def call(
-    store: dist.Store, world_size: int, deadline: float, announce: Announce, verdict: str
+    store: dist.Store, world_size: int, deadline: float, announce: Announce, gave_up: GaveUp
 ) -> dist.Store:
     """On rank 0: the part that all ranks have answered from, or as many as did before `deadline`
-    (time.monotonic()) or before one of them wrote the key `verdict`."""
+    (time.monotonic()) or before one of them gave up in it."""
     name = uuid.uuid4().hex
     part = dist.PrefixStore(name, store)
     announce(part)
@@ -33,7 +34,7 @@ def call(
     missing = list(range(1, world_size))
     for _ in _pauses(world_size, deadline):
         missing = [rank for rank in missing if not _heard(part, rank)]
-        if not missing or part.check([verdict]):
+        if not missing or gave_up(part):
             break
     return part
 
@@ -44,27 +45,30 @@ def answer(
     world_size: int,
     deadline: float,
     announce: Announce,
-    verdict: str,
-) -> dist.Store | None:
-    """On the others: the part that rank 0 has called out; None: it did not until `deadline`.
+    gave_up: GaveUp,
+) -> dist.Store:
+    """On the others: the part that rank 0 has called out.
 
-    `announce` is told of each part that may be the one. Who comes when the others have given up is
-    not heard any more, and in the end takes what they have written under `verdict` for meant for
-    it; it may be from a start before, if rank 0 does not come at all.
+    Who is not heard until `deadline` has come when the others had given up, and gets the part in
+    which they did; or rank 0 does not come, and all get a part to say so in. That one belongs to
+    the name called last: of two starts in a row without rank 0, the second finds in it what the
+    first has said. `announce` is told of each part that may be the one.
     """
-    me, name = uuid.uuid4().hex, ""
-    part = store
+    me, name, part = uuid.uuid4().hex, None, store
     for _ in _pauses(world_size, deadline):
-        if not store.check(["call"]):
-            continue
-        called = store.get("call").decode()
+        called = store.get("call").decode() if store.check(["call"]) else ""
         if called != name:
-            name, part = called, dist.PrefixStore(called, store)
+            name, part = called, dist.PrefixStore(called or "no call", store)
             announce(part)
+            announce(_without_rank_zero(part))
             part.set(f"answer/{rank}", me)
         if part.check([f"heard/{me}"]):
             return part
-    return part if name and part.check([verdict]) else None
+    return part if gave_up(part) else _without_rank_zero(part)
+
+
+def _without_rank_zero(part: dist.Store) -> dist.Store:
+    return dist.PrefixStore("without rank 0", part)
 
 
 def _heard(part: dist.Store, rank: int) -> bool:

@@ -103,8 +103,9 @@ def initialize(config: ParallelConfig, seed: int) -> Runtime:
     tensor-parallel ranks. Data-parallel replicas share their seed.
 
     In the healthy case the door of a stage costs each rank one write, one counter and one wait in
-    the store: measured on 2 cores, 0.14 ms for 2 ranks, 3 ms for 8 and 6 ms for 64. Ranks are
-    looked up one by one only after a timeout, and then by a single rank. Slow starts have another
+    the store: measured on 2 cores, 0.14 ms for 2 ranks, 3 ms for 8 and 6 ms for 64. Rank 0 looks
+    ranks up one by one at the first door, until all have come; at the others a single rank does
+    so, after a timeout. Slow starts have another
     cause: TCPStore looks the name of each peer up in reverse DNS, and a nameserver that does not
     answer costs 5 s each time.
 

@@ -70,7 +70,6 @@ class Place:
     master_port: int  # 0: alone, any free port
     hosts_store: bool
     prefix: str  # of this job's keys in a store that others may use as well
-    restart: str  # as this rank's agent counts them, which need not be how others do
 
     @property
     def address(self) -> str:
@@ -79,7 +78,7 @@ class Place:
     @classmethod
     def from_environment(cls, environment: dict[str, str]) -> Place:
         if "RANK" not in environment:
-            return cls(0, 1, 0, "127.0.0.1", 0, True, "start/alone", "0")
+            return cls(0, 1, 0, "127.0.0.1", 0, True, "start/alone")
         needed = ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
         missing = [name for name in needed if not environment.get(name)]
         if missing:
@@ -103,15 +102,13 @@ class Place:
             int(environment["MASTER_PORT"]),
             hosts_store=rank == 0 and not agent_hosts,
             prefix=f"start/{run}/{world_size}",
-            restart=environment.get("TORCHELASTIC_RESTART_COUNT", "0"),
         )
 
     @classmethod
     def from_process_group(cls) -> Place:
         rank, world_size = dist.get_rank(), dist.get_world_size()
         local_rank = int(os.environ.get("LOCAL_RANK", rank % max(1, torch.cuda.device_count())))
-        host = "existing process group"
-        return cls(rank, world_size, local_rank, host, 0, False, "start/again", "0")
+        return cls(rank, world_size, local_rank, "existing process group", 0, False, "start/again")
 
 
 class Stages:
@@ -133,7 +130,8 @@ class Stages:
     @contextlib.contextmanager
     def rendezvous(self) -> Iterator[None]:
         started = time.monotonic()
-        last_resort = self._last_resort("rendezvous", self.timeout + 1.0)
+        # a round of looks may be on its way when the time is over
+        last_resort = self._last_resort("rendezvous", self.timeout + 2 * FAREWELL_SECONDS)
         with last_resort, self._losing_the_store("rendezvous"):
             self.store = self._open_store(started + self.timeout)
         with self.stage("rendezvous", started):
@@ -158,13 +156,10 @@ class Stages:
         else:
             base = self._connect(deadline)
         store, place = dist.PrefixStore(self.place.prefix, base), self.place
-        rest = place.world_size, deadline, self._announce, "rendezvous/verdict"
+        rest = place.world_size, deadline, self._announce, _gave_up
         if place.rank == 0:
             return meeting.call(store, *rest)
-        # where those who wait for rank 0 in vain agree on what to say
-        alone = dist.PrefixStore(f"without rank 0/{place.restart}", store)
-        self._announce(alone)
-        return meeting.answer(store, place.rank, *rest) or alone
+        return meeting.answer(store, place.rank, *rest)
 
     def _announce(self, store: dist.Store, stage: str = "rendezvous") -> None:
         store.set(f"rank/{self.place.rank}", f"{self.host}\n{stage}")
@@ -310,6 +305,12 @@ class Stages:
 
     def _look_at(self, name: str) -> str:
         return _LOOK_AT[name].format(address=self.place.address, world_size=self.place.world_size)
+
+
+def _gave_up(store: dist.Store) -> bool:
+    """Whether ranks that met there have; a start before this one may have gone through."""
+    verdict = "rendezvous/verdict"
+    return store.check([verdict]) and store.get(verdict) != _GO
 
 
 def wait(store: dist.Store, key: str, seconds: float) -> bool:

@@ -8,7 +8,8 @@ it. Failed jobs lose their workers; a new one is forked in 10 ms.
 
 A job's function is sent by its importable name: it must sit at the top level of a module. What a
 job leaves behind in its process (process groups, megatron-core's state, environment variables,
-seeds, a running `parallel.runtime`) is taken away afterwards; modules it patched are not.
+seeds, a running `parallel.runtime`) is taken away afterwards; modules it patched are not. A worker
+that gathers threads nevertheless is replaced.
 """
 
 from __future__ import annotations
@@ -36,6 +37,9 @@ from typing import IO, Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 MAX_WORKERS = 8
+# A worker with more than these is replaced. DeepSpeed's hooks keep each engine's groups, 48 threads
+# of gloo's that wake up all the time: two thousand of them left a machine of two cores no time.
+MAX_THREADS = 300
 # After the first failure, how long the other ranks have to report theirs before they are killed.
 _GRACE_SECONDS = 0.3
 _FORK = multiprocessing.get_context("fork")
@@ -96,6 +100,10 @@ class _Worker:
                 break
         return text.decode(errors="replace") or "(no stack: the process does not answer)"
 
+    @property
+    def threads(self) -> int:
+        return len(os.listdir(f"/proc/{self.process.pid}/task"))
+
     def kill(self) -> None:
         self.process.kill()
         self.process.join()
@@ -137,12 +145,17 @@ class _Pool:
             # nameserver that drops one costs 5 s.
             with tempfile.TemporaryDirectory(prefix="gloo-") as folder:
                 store_path = os.path.join(folder, "store")
-                return self._run_on(team, store_path, job, timeout, function.__qualname__)
+                results = self._run_on(team, store_path, job, timeout, function.__qualname__)
         except BaseException:  # also pytest-timeout and Ctrl-C: nobody stays busy
             for worker in team:
                 worker.kill()
             self.workers = self.workers[world_size:]
             raise
+        crowded = [worker for worker in team if worker.threads > MAX_THREADS]
+        for worker in crowded:
+            worker.kill()
+        self.workers = [worker for worker in self.workers if worker not in crowded]
+        return results
 
     def close(self) -> None:
         for worker in self.workers:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 
 import pytest
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from parallel.config import ParallelConfig
 from parallel.megatron import parallel_state
 from parallel.runtime import initialize, shutdown
-from tests.distributed import MAX_WORKERS, RankFailed, _pool, close_pool, run_on_gloo
+from tests.distributed import MAX_THREADS, MAX_WORKERS, RankFailed, _pool, close_pool, run_on_gloo
 
 
 def sum_of_ranks(offset: torch.Tensor) -> dict[str, object]:
@@ -159,3 +160,18 @@ def test_the_pool_can_be_closed_and_used_again() -> None:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
     run_on_gloo(1, nothing)
+
+
+def leave_threads(count: int) -> None:
+    if dist.get_rank() == 1:
+        for _ in range(count):
+            threading.Thread(target=time.sleep, args=(1000,), daemon=True).start()
+
+
+def test_a_worker_full_of_threads_is_replaced() -> None:
+    run_on_gloo(2, leave_threads, 10)
+    before = workers()
+    run_on_gloo(2, leave_threads, MAX_THREADS)
+    run_on_gloo(2, nothing)
+    first, *others = workers()
+    assert first == before[0] and before[1] not in others

@@ -13,7 +13,6 @@ import torch.distributed as dist
 from parallel import meeting, startup
 from parallel.config import ParallelConfig
 
-VERDICT = "verdict"
 WORLD = 3
 
 
@@ -39,8 +38,9 @@ class Agent:
 
         store, deadline = self._client(self.port), time.monotonic() + seconds
         if rank == 0:
-            return threads.submit(meeting.call, store, WORLD, deadline, announce, VERDICT)
-        return threads.submit(meeting.answer, store, rank, WORLD, deadline, announce, VERDICT)
+            return threads.submit(meeting.call, store, WORLD, deadline, announce, startup._gave_up)
+        rest = store, rank, WORLD, deadline, announce, startup._gave_up
+        return threads.submit(meeting.answer, *rest)
 
 
 def assert_one_part(parts: list[dist.Store]) -> None:
@@ -76,34 +76,50 @@ def test_a_name_from_before_takes_in_nobody(before: str) -> None:
         assert_one_part([zero.result(), *(future.result() for future in early)])
 
 
-def test_without_rank_0_nobody_is_heard() -> None:
-    agent = Agent()
-    with ThreadPoolExecutor(WORLD) as threads:
-        assert [agent.start(threads, rank, 0.2).result() for rank in (1, 2)] == [None, None]
-
-
 def test_rank_0_leaves_when_another_has_given_up() -> None:
     agent = Agent()
     with ThreadPoolExecutor(WORLD) as threads:
         zero, one = agent.start(threads, 0), agent.start(threads, 1)
-        one.result().set(VERDICT, "timeout")
+        one.result().set("rendezvous/verdict", "timeout")
         assert zero.result(timeout=10).get("rank/1") == b"here"
+
+
+def start(
+    agent: Agent, threads: ThreadPoolExecutor, rank: int, world: int, seconds: float
+) -> Future:
+    """A process under torchrun, as far as its first door; gives what it says."""
+    environment = {"RANK": str(rank), "TORCHELASTIC_RESTART_COUNT": str(rank)}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(agent.port)}
+    place = startup.Place.from_environment(environment | {"WORLD_SIZE": str(world)})
+    place = dataclasses.replace(place, hosts_store=False)
+
+    def rendezvous() -> str:
+        stages = startup.Stages(ParallelConfig(startup_timeout_seconds=seconds), place)
+        try:
+            with stages.rendezvous():
+                return "all met"
+        except startup.StartupTimeout as error:
+            return str(error)
+
+    return threads.submit(rendezvous)
 
 
 def test_ranks_whose_agents_count_restarts_differently_start_together() -> None:
     """torchrun's agents do, when one saw the other hosts change before its own processes failed."""
     agent = Agent()
-    environment = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(agent.port)}
-
-    def rendezvous(rank: int) -> dict[str, float]:
-        counts = {"RANK": str(rank), "TORCHELASTIC_RESTART_COUNT": str(rank)}
-        place = startup.Place.from_environment({**environment, **counts})
-        place = dataclasses.replace(place, hosts_store=False)
-        stages = startup.Stages(ParallelConfig(startup_timeout_seconds=10.0), place)
-        with stages.rendezvous():
-            pass
-        return stages.seconds
-
     with ThreadPoolExecutor(2) as threads:
-        for seconds in threads.map(rendezvous, range(2)):
-            assert seconds["rendezvous"] < 8.0
+        ranks = [start(agent, threads, rank, 2, seconds=10.0) for rank in range(2)]
+        assert [future.result() for future in ranks] == ["all met"] * 2
+
+
+@pytest.mark.parametrize("before", ["nothing", "a start"])
+def test_rank_0_that_never_comes_is_named(before: str) -> None:
+    """Not taken for there because of what a start before has left, when all had met."""
+    agent = Agent()
+    with ThreadPoolExecutor(WORLD) as threads:
+        if before == "a start":
+            ranks = [start(agent, threads, rank, WORLD, seconds=10.0) for rank in range(WORLD)]
+            assert [future.result() for future in ranks] == ["all met"] * WORLD
+        for said in [start(agent, threads, rank, WORLD, seconds=0.5) for rank in (1, 2)]:
+            assert "1 of 3 ranks did not arrive" in said.result()
+            assert "missing: rank 0: never reached the store" in said.result()
