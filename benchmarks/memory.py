@@ -12,8 +12,11 @@ from __future__ import annotations
 
 import os
 import sys
+import time
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 from benchmarks.memory_cases import CASES, VOCABULARY, Case
@@ -76,7 +79,7 @@ def measure_on_rank(case: Case) -> Measured:
 
     if case.deepspeed is None:
         weights, gradients, optimizer = state_bytes(engine)
-        peak = peak_bytes(step, times=1 if case.world_size == 1 else 3)
+        peak = peak_bytes(step, times=1 if case.world_size == 1 else 8)
     else:
         weights, gradients = _bytes(chunks[0].parameters()), 0
         held, peak = least_of_steps(step, foreign)
@@ -182,30 +185,28 @@ def peak_bytes(action: Callable[[], None], times: int) -> int:
     """Most bytes of torch's CPU allocator that `action` holds at a time, beside what was there.
 
     The least of several `times`, with what earlier ones left: gloo's threads hold on to a tensor a
-    moment longer when other processes have the cores.
+    moment longer when other processes have the cores, and have let go of all before the next time.
     """
-    peaks, left = [], 0
-    for _ in range(times):
-        now = most = 0
-        for change in _allocations(action):
-            now += change
-            most = max(most, now)
-        peaks.append(left + most)
-        left += now
-    return min(peaks)
-
-
-def _allocations(action: Callable[[], None]) -> list[int]:
-    """What is allocated (bytes, negative where it is freed) while `action` runs, in order."""
     import torch
 
+    spans = []
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
-        action()
+    ) as profile:  # one for all times: it knows only the size of what it has seen allocated
+        for _ in range(times):
+            begin = time.time_ns()
+            action()
+            spans.append((begin, time.time_ns()))
+            time.sleep(0.05)  # for those threads
     assert profile.profiler is not None
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    events.sort(key=lambda event: event.start_ns())
+    times_ns = [event.start_ns() for event in events]
+    held = [0, *accumulate(event.nbytes() for event in events)]  # before and after each
+    return min(
+        max(held[bisect_left(times_ns, begin) : bisect_right(times_ns, end) + 1])
+        for begin, end in spans
+    )
 
 
 # ---- what the parent does -----------------------------------------------------------------------

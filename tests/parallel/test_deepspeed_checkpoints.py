@@ -106,6 +106,7 @@ def train_and_save(
     saved = held_by(engine, stage)
     for step in range(2, 2 + more_steps):
         train(runtime, engine, step)  # type: ignore[arg-type]
+    engine.sharded_state_dict()  # brings weights to where the next step would find them
     later = held_by(engine, stage)
     shutdown(runtime)
     return saved, later
@@ -139,6 +140,7 @@ def load_and_train(
     train(runtime, engine, 5)  # type: ignore[arg-type]
     load(engine, folder)
     train(runtime, engine, 2)  # type: ignore[arg-type]
+    engine.sharded_state_dict()  # brings weights to where the next step would find them
     held = held_by(engine, stage)
     shutdown(runtime)
     return held
