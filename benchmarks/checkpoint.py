@@ -49,6 +49,7 @@ WAYS = ("disk write", "copy", "synchronous", "stall", "asynchronous", "disk read
 VOCAB, SEQ_LENGTH = 8192, 32
 STALL_GOAL = 0.05  # of a synchronous save
 COPY_GOAL = 1.1  # times the bare copy
+DISK_GOAL = 0.8  # of the disk's rate, for states that are large
 _BLOCK_BYTES = 4 << 20
 _HAND_OVER_BYTES = 32 << 20
 
@@ -190,7 +191,7 @@ def table(parameters: int, ranks: int, size: int, seconds: dict[str, list[float]
         lines.append(f"| {way} | {middle:.3f} | {size / middle / 1e9:.2f} |")
     lines += ["", "| ratio, median over rounds | |", "|---|---|"]
     lines += [f"| {name} | {value:.3f} |" for name, value in ratios(seconds).items()]
-    return "\n".join([*lines, "", verdict(ratios(seconds)), ""])
+    return "\n".join([*lines, "", verdict(ratios(seconds)), *verdict_on_disk(ratios(seconds)), ""])
 
 
 def verdict(ratio: dict[str, float]) -> str:
@@ -202,6 +203,16 @@ def verdict(ratio: dict[str, float]) -> str:
         return f"{said}: below {STALL_GOAL:.0%}"
     bound = "bound by memory" if copies <= COPY_GOAL else "not for the copy alone"
     return f"{said}: {bound}"
+
+
+def verdict_on_disk(ratio: dict[str, float]) -> list[str]:
+    """Whether saving and loading come near the disk's own rate."""
+    rates = {"save": ratio["disk write / synchronous"], "load": ratio["disk read / load"]}
+    return [
+        f"a {name} has {rate:.0%} of the disk's rate: "
+        f"{'at least' if rate >= DISK_GOAL else 'below'} {DISK_GOAL:.0%}"
+        for name, rate in rates.items()
+    ]
 
 
 def measure(millions: float, rounds: int, folder: Path, *, checksums: bool) -> dict[str, object]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import checkpoint
-from benchmarks.checkpoint import WAYS, model_of, ratios, table, verdict
+from benchmarks.checkpoint import WAYS, model_of, ratios, table, verdict, verdict_on_disk
 from models.parameter_count import parameter_count
 from tests.distributed import run_on_gloo
 
@@ -53,3 +53,11 @@ def test_every_way_is_measured(tmp_path: Path) -> None:
     assert set(result["seconds"]) == set(WAYS)
     assert all(len(values) == 1 and values[0] > 0 for values in result["seconds"].values())
     assert os.listdir(tmp_path) == ["result.json"]
+
+
+def test_the_verdict_names_what_is_far_from_the_disk() -> None:
+    ratio = {"disk write / synchronous": 0.8, "disk read / load": 0.79}
+    assert verdict_on_disk(ratio) == [
+        "a save has 80% of the disk's rate: at least 80%",
+        "a load has 79% of the disk's rate: below 80%",
+    ]
