@@ -59,6 +59,11 @@ def corpus_files(corpus: Path, setting: str = "data.corpus=") -> list[Path]:
             )
         return files
     if not corpus.is_file():
+        if url := re.fullmatch(r"([a-z][a-z0-9+.-]*:)/(.*)", str(corpus)):  # of // a path keeps one
+            raise FileNotFoundError(
+                f"{setting}{url[1]}//{url[2]}: URLs are not read; copy what is there to a folder, "
+                "and give its path"
+            )
         raise FileNotFoundError(
             f"{setting}{corpus}: no such file or folder"
             + ("; leave data.corpus empty for the text that ships with the package" * bool(setting))

@@ -127,7 +127,7 @@ def load_grouping(
             meant = near(name, names)
             raise ValueError(
                 f"data.families={name}: there is no such grouping"
-                + (f"; did you mean {' or '.join(meant)}?" if meant else "")
+                + (f"; did you mean {' or '.join(meant)}?" if meant else ".")
                 + f" There are {', '.join(names)}, and YAML files by their path"
             )
         path = Path(name).expanduser()

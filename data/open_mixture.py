@@ -98,7 +98,7 @@ def open_mixture(
         config.seed,
         config.packing,
         families,
-        plan_folder=_cache_dir(config) / "packing_plans",
+        plan_folder=cache_dir_of(config) / "packing_plans",
     )
     opened = OpenedMixture(config, mixture, validation, folder)
     if tokenizer is not None:
@@ -140,10 +140,12 @@ def _what_to_build(
     config: DataConfig, tokenizer: Tokenizer
 ) -> tuple[Path, Tokenizer, Path, float, list[str]]:
     corpus = Path(config.corpus).expanduser() if config.corpus else DEMO_CORPUS
-    return corpus, tokenizer, _cache_dir(config), config.validation_fraction, config.languages
+    return corpus, tokenizer, cache_dir_of(config), config.validation_fraction, config.languages
 
 
-def _cache_dir(config: DataConfig) -> Path:
+def cache_dir_of(config: DataConfig) -> Path:
+    """data.cache_dir; if that is empty a folder of the user's cache. Raises RuntimeError for the
+    home of nobody."""
     if config.cache_dir:
         return Path(config.cache_dir).expanduser()
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"

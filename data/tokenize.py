@@ -30,6 +30,7 @@ _FLAGS = {
     "data.validation_fraction=": "--validation-fraction ",
     "data.languages:": "--languages:",
     "data.tokenizer=": "--tokenizer ",
+    "data.eod_token=": "--eod-token ",
     "set data.eod_token": "set --eod-token",
     "; set data.cache_dir to a folder you may write to": "",
     "; leave data.tokenizer empty for the one that ships with the package": "",

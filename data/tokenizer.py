@@ -111,6 +111,14 @@ class Tokenizer:
         for found in map(id_of, names):
             if found is not None:
                 return found
+        if self._eod_token:
+            there = [name for name in _END_OF_TEXT_NAMES if id_of(name) is not None]
+            raise ValueError(
+                f"data.eod_token={self._eod_token} is not in the vocabulary of "
+                f"data.tokenizer={self.path}; "
+                + (f"leave it out for {there[0]}, or " if there else "")
+                + "set data.eod_token to the token that ends a document"
+            )
         raise ValueError(
             f"data.tokenizer={self.path}: its vocabulary has none of {', '.join(names)}; set "
             "data.eod_token to the token that ends a document"

@@ -453,6 +453,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         plot(report, given.out / "tokenizer_report.png")
     except (OSError, ValueError, ModuleNotFoundError) as error:
         message = str(error).replace("data.tokenizer=", "--tokenizer ")
+        message = message.replace("data.eod_token=", "--eod-token ")
         parser.exit(2, f"error: {message.replace('data.eod_token', '--eod-token')}\n")
     print_report(report)
     print(f"\n{json_path}\n{given.out / 'tokenizer_report.png'}")

@@ -29,6 +29,7 @@ from launch.check_checkpoints import check_checkpoints
 from launch.check_data import DataFacts, check_data
 from launch.check_disk import check_room
 from launch.check_engine import check_engine
+from launch.check_flops import check_flops
 from launch.check_machines import Machines, check_tensor_ranks, plan
 from launch.check_memory import check_memory
 from launch.check_paths import path_of
@@ -36,7 +37,7 @@ from launch.check_plausibility import check_plausibility
 from launch.check_report import Report, as_json, describe
 from launch.check_scale import check_scale
 from launch.check_slurm import check_job, check_time
-from launch.command_line import add_config_dir, words_parser
+from launch.command_line import add_config_dir, parse_words, words_parser
 from launch.composition import (
     Composition,
     compose_what_fits,
@@ -45,8 +46,10 @@ from launch.composition import (
 from launch.config import ClusterConfig
 from launch.findings import ERROR, WARNING, Findings, accused, many
 from launch.nearest_layout import nearest_layout
+from launch.repeated_words import repeated
 from launch.schema import broken_rules_across_rooms, build
-from launch.slurm import Wish, load_cluster, searched, sort_words
+from launch.site_settings import cluster_that_fits
+from launch.slurm import Wish, searched, sort_words
 from launch.slurm_script import Job
 from parallel.config import ConfigError
 from pretrain.config import PretrainConfig
@@ -56,9 +59,9 @@ _LAYOUT_SETTINGS = ("parallel.", "train.global_batch_size=", "train.micro_batch_
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    given = _parser().parse_intermixed_args(arguments)
+    given, problems = parse_words(_parser(), arguments)
     machines = Machines(given.processes, given.nodes, given.gpus_per_node, given.device)
-    report = check(given.words, machines, config_dir=given.config_dir)
+    report = check(given.words, machines, config_dir=given.config_dir, known=problems)
     if given.json:
         print(json.dumps(as_json(report), indent=1, ensure_ascii=False))
     else:
@@ -95,12 +98,21 @@ def _count(text: str) -> int:
 
 
 def check(
-    words: Sequence[str], machines: Machines | None = None, *, config_dir: str | None = None
+    words: Sequence[str],
+    machines: Machines | None = None,
+    *,
+    config_dir: str | None = None,
+    known: Sequence[str] = (),
 ) -> Report:
-    """Looks at everything that these words on a command line would start."""
+    """Looks at everything that these words on a command line would start.
+
+    known: what is wrong besides.
+    """
     began, machines, findings = time.perf_counter(), machines or Machines(), Findings()
     wish = sort_words(words)
-    findings.errors("settings", wish.problems)
+    of_words = [*known, *wish.problems, *repeated(words)]
+    findings.errors("settings", [*known, *wish.problems])
+    findings.warnings("settings", repeated(words))
     hidden: list[str] = []
     try:
         hidden = searched(config_dir)
@@ -109,7 +121,8 @@ def check(
     composed = compose_what_fits(wish.training, hidden)
     findings.errors("settings", composed.problems)
     config, broken = _config(composed, findings)
-    cluster = _cluster(wish, findings)
+    cluster, of_cluster = _cluster(wish)
+    findings.errors("slurm", of_cluster)
     planned = plan(config, wish, words, machines, cluster, findings)
     legal, data = False, DataFacts()
     if config is not None:
@@ -132,11 +145,12 @@ def check(
                 check_room(config, data.vocab_size, planned.nodes, findings)
             with guard():
                 _time(config, cluster, wish, planned.nodes, findings)
-    check_memory(
-        config if legal else None, planned.processes, data.vocab_size, machines.device, findings
-    )
-    findings.forget_about(composed.lost, but=composed.problems)
-    findings.forget_about(accused(broken), but=broken)
+    sound = config if legal else None
+    check_flops(sound, planned.processes, data.vocab_size, findings)
+    check_memory(sound, planned, data.vocab_size, machines.device, cluster, findings)
+    findings.forget_about(composed.lost, but=[*of_words, *composed.problems])
+    findings.forget_about(accused(broken), but=[*of_words, *broken])
+    findings.forget_about(accused(of_cluster), but=[*of_words, *of_cluster])
     name = config.model.name if config else None
     report = Report(planned.processes, planned.how_many, name, words, findings.all)
     report.origins = list(composed.origins.values())
@@ -185,14 +199,14 @@ def _config(composed: Composition, findings: Findings) -> tuple[PretrainConfig |
     return config, problems
 
 
-def _cluster(wish: Wish, findings: Findings) -> ClusterConfig | None:
+def _cluster(wish: Wish) -> tuple[ClusterConfig | None, list[str]]:
+    """The site without the words that do not fit it, and what is wrong with these."""
     if wish.cluster is None and not wish.settings:
-        return None
+        return None, []
     try:
-        return load_cluster(wish.cluster, wish.settings)
+        return cluster_that_fits(wish.cluster, wish.settings)
     except ConfigError as error:
-        findings.errors("slurm", error.problems)
-        return None
+        return None, list(error.problems)
 
 
 def _layout(config: PretrainConfig, processes: int, known: list[str], findings: Findings) -> bool:

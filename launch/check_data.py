@@ -12,7 +12,7 @@ import numpy as np
 from data.config import DataConfig, Verify
 from data.corpus import corpus_files, read_blocks
 from data.documents import BadDocument, ReadOptions
-from data.open_mixture import built_stores, open_mixture, open_tokenizer
+from data.open_mixture import built_stores, cache_dir_of, open_mixture, open_tokenizer
 from data.packing_config import PackingConfig
 from data.parse_documents import parse_block
 from data.store_format import dtype_for
@@ -22,7 +22,7 @@ from data.tokenizer import Tokenizer
 from data.verify import verify_stores
 from launch.check_languages import chosen, not_of_the_table, of_shipped_text
 from launch.check_mixture import TOPIC, check_mixture
-from launch.check_paths import path_of
+from launch.check_paths import not_writable, path_of
 from launch.findings import Findings, many
 from pretrain.config import PretrainConfig
 from pretrain.run_identity import vocabulary_of
@@ -115,10 +115,12 @@ def _stores_of_corpus(
         findings.errors(TOPIC, [str(error)])
         return None
     size = sum(path.stat().st_size for path in files)
-    if tokenizer is not None and size <= _HASHED_BYTES:
+    cache, unwritable = _cache(config, findings)
+    if cache and tokenizer is not None and size <= _HASHED_BYTES:
         folder = built_stores(config, tokenizer)
         if folder is not None:
             return folder
+    findings.errors(TOPIC, unwritable)
     if not config.corpus:
         with _warnings_of_data() as said:
             findings.errors(TOPIC, of_shipped_text(config))
@@ -142,6 +144,15 @@ def _stores_of_corpus(
     )
     findings.errors(TOPIC, _bad_documents(files[:_FILES_LOOKED_INTO]))
     return None
+
+
+def _cache(config: DataConfig, findings: Findings) -> tuple[bool, list[str]]:
+    """Whether the folder that stores are built in is there, and why nothing can be written there;
+    what a start finds there it reads, and needs not write."""
+    with path_of("data.cache_dir", config.cache_dir, findings):
+        folder = cache_dir_of(config)
+        return folder.is_dir(), not_writable("data.cache_dir", folder)
+    return False, []
 
 
 def _bad_documents(files: list[Path]) -> Iterator[str]:
@@ -196,6 +207,9 @@ def _open(
 ) -> None:
     data = replace(config.data, verify=Verify.none, store_dir=str(folder))
     if data.packing.needs_plan:  # computing one takes minutes, and writes it
+        cache, unwritable = _cache(config.data, findings)
+        if not (cache and (cache_dir_of(config.data) / "packing_plans").is_dir()):
+            findings.errors(TOPIC, unwritable)
         data = replace(data, packing=PackingConfig())
         findings.notes(
             TOPIC,

@@ -2,8 +2,26 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
+from launch.check_disk import free_bytes
 from launch.findings import Findings
+from pretrain.run_lock import unusable
+
+
+def not_writable(setting: str, folder: Path) -> list[str]:
+    """Why the folder that `setting` names cannot be made or written, as far as a look tells.
+
+    Raises OSError for a path that cannot be looked at.
+    """
+    if problem := unusable(folder, setting=setting):
+        return [problem]
+    if free_bytes(folder) == 0:  # also of /proc and the like, where no folder can be made
+        return [
+            f"{setting}={folder}: its file system has no room at all, or takes no files; choose "
+            f"another {setting}"
+        ]
+    return []
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 
 from launch.findings import Findings
+from launch.units import minutes_or_hours
 from pretrain.config import DecayStyle, PretrainConfig, WandbMode
 from pretrain.tracker import has_wandb_key
 
@@ -130,13 +131,7 @@ def _units(config: PretrainConfig) -> list[str]:
         for setting, seconds in timeouts.items()
         if 0 < seconds < SHORTEST_HANG_TIMEOUT
     ]
-    walltime = config.fault_tolerance.walltime
-    if walltime is not None and walltime.isdecimal() and int(walltime) <= 72:
-        found.append(
-            f"fault_tolerance.walltime={walltime} is {walltime} minutes; if hours were meant: "
-            f'"{int(walltime)}:00:00"'
-        )
-    return found
+    return found + minutes_or_hours("fault_tolerance.walltime", config.fault_tolerance.walltime)
 
 
 def _optimizer(config: PretrainConfig) -> list[str]:

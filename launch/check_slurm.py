@@ -7,12 +7,11 @@ from launch.findings import Findings
 from launch.slurm import check_partition, check_paths, check_times
 from launch.slurm_script import Job, render
 from launch.status import last_training_record
+from launch.units import minutes_or_hours
 from pretrain.config import PretrainConfig
 from pretrain.progress import format_duration
-from pretrain.walltime import walltime_seconds
 
 TOPIC = "slurm"
-_SHORTEST_JOB = 15 * 60.0  # seconds; a start and its end leave little of less
 
 
 def check_job(job: Job, findings: Findings) -> None:
@@ -21,15 +20,7 @@ def check_job(job: Job, findings: Findings) -> None:
     findings.errors(TOPIC, broken)
     if not broken:
         render(job)
-    cluster = job.cluster
-    if walltime_seconds(cluster.walltime) < _SHORTEST_JOB and cluster.walltime.isdecimal():
-        findings.warnings(
-            TOPIC,
-            [
-                f"cluster.walltime={cluster.walltime} is {cluster.walltime} minutes; if hours were "
-                f"meant: cluster.walltime={int(cluster.walltime)}:00:00"
-            ],
-        )
+    findings.warnings(TOPIC, minutes_or_hours("cluster.walltime", job.cluster.walltime))
     if shutil.which("sbatch") is None:
         findings.notes(
             TOPIC, ["sbatch is not on this machine: partitions and limits are not asked for"]

@@ -6,7 +6,9 @@ Imports neither torch nor megatron-core.
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+
+from launch.foreign_flags import options_of, take_flags, words_of_flags
 
 
 def words_parser(program: str, description: str | None) -> argparse.ArgumentParser:
@@ -22,6 +24,21 @@ def words_parser(program: str, description: str | None) -> argparse.ArgumentPars
 
 def add_config_dir(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config-dir", "-cd", metavar="DIR", help="as for the launcher")
+
+
+def parse_words(
+    parser: argparse.ArgumentParser, arguments: Sequence[str] | None
+) -> tuple[argparse.Namespace, list[str]]:
+    """What is on a command line, and what is wrong with options that the parser has not.
+
+    Those of other frameworks are among its words as ours, where it is plain which are meant.
+    """
+    options = options_of(parser)
+    rest, flags = take_flags(sys.argv[1:] if arguments is None else arguments, options)
+    given = parser.parse_intermixed_args(rest)
+    words, problems = words_of_flags(flags, options)
+    given.words += words
+    return given, problems
 
 
 def run_on_one_cpu(work: Callable[[], None]) -> None:

@@ -4,6 +4,7 @@ Hydra stops at the first word it cannot place. Here such a word is noted and lef
 composed, so that all that is wrong is found at once. Imports neither torch nor megatron-core.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
+from launch.aliases import TOKENS
 from launch.mixture_file import with_mixture_files
 from launch.origins import DEFAULT, Origin, is_mixture, name_of, origins_of
 from launch.schema import (
@@ -24,6 +26,7 @@ from launch.schema import (
     register,
     settings,
 )
+from launch.units import plain_number
 from parallel.config import ConfigError
 
 
@@ -84,8 +87,26 @@ def compose_what_fits(words: Sequence[str], hidden: Sequence[str] = ()) -> Compo
     with open_dict(cfg):
         hydra = cfg.pop("hydra")
     made.cfg = cfg
+    made.problems = [_counted_in_steps(problem, cfg) for problem in made.problems]
     made.origins = origins_of(cfg, hydra, made.words, hidden)
     return made
+
+
+def _counted_in_steps(problem: str, cfg: DictConfig) -> str:
+    """With a number of steps, where a run's length was given in tokens."""
+    if not problem.endswith(TOKENS):
+        return problem
+    text = problem.partition(": ")[0].partition("=")[2]
+    tokens, batch = plain_number(text.lower()), cfg.train.global_batch_size
+    try:
+        length = cfg.data.seq_length or cfg.model.max_position_embeddings
+    except OmegaConfBaseException:  # no model is chosen
+        return problem
+    if tokens is None or not math.isfinite(tokens) or min(tokens, batch, length) <= 0:
+        return problem
+    steps = math.ceil(tokens / (batch * length))
+    counted = f"with {batch} sequences of {length} tokens, {text} are train.train_steps={steps}"
+    return f"{problem}; {counted}"
 
 
 def left_out_a_model(made: Composition) -> bool:

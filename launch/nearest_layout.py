@@ -100,9 +100,9 @@ def _with_fitting_batch(config: PretrainConfig, world_size: int) -> PretrainConf
 
 
 def words_between(asked: PretrainConfig, found: PretrainConfig) -> list[str]:
-    """What to add to a command line that gives `asked` to have `found`; of layout, batch and
-    engine=deepspeed."""
-    words = []
+    """What to add to a command line that gives `asked` to have `found`; of engine, layout and
+    batch."""
+    words = [] if found.engine is asked.engine else [f"engine={found.engine.value}"]
     for section in ("parallel", "train", "deepspeed"):
         before = vars(getattr(asked, section))
         for name, value in vars(getattr(found, section)).items():

@@ -17,16 +17,19 @@ if __name__ == "__main__":
 from data.command_line import run_command
 from data.plan import add_output_arguments, show
 from data.stream_settings import StreamSettings
-from launch.command_line import words_parser
+from launch.command_line import parse_words, words_parser
 from launch.schema import load
+from parallel.config import ConfigError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = words_parser("python -m launch.plan", __doc__)
     add_output_arguments(parser)
-    given = parser.parse_intermixed_args(arguments)
+    given, problems = parse_words(parser, arguments)
 
     def command() -> int:
+        if problems:
+            raise ConfigError(*problems)
         config = load(given.words)
         train = config.train
         settings = StreamSettings(

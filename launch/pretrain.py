@@ -14,7 +14,7 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
@@ -33,7 +33,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from launch.foreign_flags import HYDRAS_OPTIONS, take_flags, words_of_flags
 from launch.mixture_file import short_name, with_mixture_files
+from launch.repeated_words import repeated
 from launch.schema import CONF, CompositionError, explain, register, validated
 from launch.slurm_environment import adopt_slurm_ranks
 from parallel.config import ConfigError
@@ -56,6 +58,7 @@ def launch(cfg: DictConfig) -> None:
         config = validated(cfg, cast(list[str], typed), world_size=processes)
     except ConfigError as error:
         refuse(error)
+    warn_of_repeated_words(cast(list[str], typed))
     if hydra_config.mode == RunMode.MULTIRUN:  # or jobs would go on from each other's checkpoints
         mixtures = [name for word in cast(list[str], typed) if (name := short_name(word))]
         words = [hydra_config.job.override_dirname, *mixtures]
@@ -110,10 +113,20 @@ def main() -> None:
     register()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra passes errors on instead of wording them itself
     try:
+        sys.argv[1:], flags = take_flags(sys.argv[1:], HYDRAS_OPTIONS)
+        if flags:
+            raise ConfigError(*words_of_flags(flags, HYDRAS_OPTIONS)[1])
         sys.argv[1:] = with_mixture_files(sys.argv[1:])
         hydra.main(version_base="1.3", config_path=str(CONF), config_name="pretrain")(launch)()
     except (*CompositionError, ConfigError) as error:
         refuse(explain(error, sys.argv[1:]))
+
+
+def warn_of_repeated_words(words: Sequence[str]) -> None:
+    """Once for all ranks."""
+    if os.environ.get("RANK", "0") == "0":
+        for text in repeated(words):
+            print(f"warning: {text}", file=sys.stderr)
 
 
 def refuse(error: ConfigError) -> NoReturn:

@@ -10,7 +10,6 @@ import dataclasses
 import re
 import typing
 from collections.abc import Iterator, Sequence
-from difflib import SequenceMatcher
 from enum import Enum
 from functools import cache
 from pathlib import Path
@@ -24,8 +23,10 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
+from launch.aliases import REFUSED_VALUES
 from launch.findings import accused, naming
 from launch.mixture_file import WORD, with_mixture_files
+from launch.near_names import advice_on, closest
 from launch.units import number_meant
 from models.config import ModelConfig
 from models.parameter_count import parameter_count
@@ -35,7 +36,7 @@ from pretrain.config_rules import validate
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 ADDED = ("model", "experiment")  # groups chosen with a + in front: no default stands for them
-SITES = "cluster"  # not a group of the launcher's: launch.slurm reads these files
+SITES = "cluster"  # not a group of the launcher's: launch.site_settings reads these files
 
 Built = typing.TypeVar("Built")
 
@@ -187,7 +188,7 @@ def explain(error: Exception, overrides: Sequence[str] = ()) -> ConfigError:
     if isinstance(error, OverrideParseException):
         return ConfigError(_unreadable(error.override, text))
     if found := re.search(r"An item is already at '(.+)'", text):
-        typed = _typed(found[1], overrides)
+        typed = _typed(found[1], [word for word in overrides if word.startswith("+")])
         return ConfigError(f"{typed} exists already; drop the +: {typed.lstrip('+')}")
     if found := re.search(r"Ambiguous value for argument '(.*)'", text):
         return ConfigError(_several_values(found[1]))
@@ -204,10 +205,25 @@ def explain(error: Exception, overrides: Sequence[str] = ()) -> ConfigError:
 
 def _unreadable(word: str, text: str) -> str:
     reason = text.split(f"override '{word}'")[-1].strip().splitlines()[0]
-    name, _, value = word.partition("=")
+    name, equals, value = word.partition("=")
+    if not equals and (meant := _with_a_value(word)):
+        return f"{word} is not SETTING=VALUE; write {meant}"
     could_be_text = value and not set(value) & set("[]{}()'\"")
     hint = f"; if the value is text, quote it: \"{name}='{value}'\"" if could_be_text else ""
     return f"{word} is not SETTING=VALUE as Hydra reads it: {reason}{hint}"
+
+
+def _with_a_value(name: str) -> str | None:
+    """A word for what was typed alone: a setting, a group of them, or the name of a file."""
+    if name in settings():
+        return f"{name}=VALUE"
+    if name in _sections():
+        members = [one for one in settings() if one.startswith(f"{name}.")]
+        return f"{name}.SETTING=VALUE, as in {members[0]}"
+    for group in ADDED:
+        if (CONF / group / f"{name}.yaml").is_file():
+            return f"+{group}={name}"
+    return None
 
 
 def _several_values(word: str) -> str:
@@ -220,7 +236,10 @@ def _several_values(word: str) -> str:
 
 def _wrong_setting(key: str, text: str, overrides: Sequence[str]) -> str:
     """An error of OmegaConf about `key`: it does not exist, or its value does not fit."""
-    override = override_of(key, overrides)
+    entry = re.fullmatch(r"([^\[]+)\[(\d+)\]", key)  # wandb.tags[2]: the third of wandb.tags
+    key = entry[1] if entry else key
+    value = re.search(r"[Vv]alue '(.*?)'", text)
+    override = override_of(key, overrides, value[1] if value else None)
     file = re.search(r"In '([^']+)': \w+ raised while composing", text)
     where = f"{file[1]}.yaml: " if file and not override else ""
     if re.search(r"Key '.*' (is )?not in", text):
@@ -232,14 +251,17 @@ def _wrong_setting(key: str, text: str, overrides: Sequence[str]) -> str:
     if key in _sections():
         members = [name for name in settings() if name.startswith(f"{key}.")]
         return f"{where}{override or key}: {key} is a group of settings: {', '.join(members)}"
-    value = re.search(r"[Vv]alue '(.*?)'", text)
     typed = override or (f"{key}={value[1]}" if value else key)
     annotation = _annotation(key)
     if annotation is None:  # a table where one value belongs, or one of Hydra's own settings
         return f"{where}{typed} does not fit: {text.splitlines()[1]}"
-    rule, choices = _rule(annotation)
+    element = next(iter(typing.get_args(annotation)), None)
+    if entry and element in (str, int, float):
+        return f"{where}{typed}: entry {int(entry[2]) + 1} must be {rule_of(element)[0]}"
+    rule, choices = rule_of(annotation)
     given = typed.partition("=")[2]
     hint = number_meant(key, given, (annotation, *typing.get_args(annotation)))
+    hint = hint or REFUSED_VALUES.get(key, {}).get(given.lower())
     if hint is None and (meant := closest(given, choices)):
         hint = f"did you mean {meant[0]}?"
     return f"{where}{typed} must be {rule}" + (f"; {hint}" if hint else "")
@@ -254,13 +276,13 @@ def _not_in_the_environment(name: str, key: str, overrides: Sequence[str]) -> st
 
 def _no_such_setting(key: str, overrides: Sequence[str]) -> str:
     typed = _typed(key, overrides)
-    name = typed.lstrip("+~").partition("=")[0]
+    name, _, value = typed.lstrip("+~").partition("=")
     typed_as = {group: f"+{group}" if group in ADDED else group for group in groups()}
     names = [*settings(), *typed_as] if "." not in name else list(settings())
-    meant = [typed_as.get(near, near) for near in closest(name, names)]
-    if not meant:
-        return f"{typed}: there is no setting {name}; --cfg job prints all there are"
-    return f"{typed}: there is no setting {name}; did you mean {' or '.join(meant)}?"
+    near, advice = advice_on(name, value, names)
+    if near:
+        advice = f"did you mean {' or '.join(typed_as.get(one, one) for one in near)}?"
+    return f"{typed}: there is no setting {name}; {advice or '--cfg job prints all there are'}"
 
 
 def _no_such_file(path: str) -> str:
@@ -316,17 +338,21 @@ def _body(model: ModelConfig) -> int:
     return parameter_count(model, vocab_size=1).non_embedding
 
 
-def override_of(key: str, overrides: Sequence[str]) -> str | None:
-    """The word on the command line that sets `key`, one below it, or a table it lies in."""
-    words = {word: word.lstrip("+~").partition("=")[0] for word in overrides}
-    return next(
-        iter(
-            [word for word, name in words.items() if name == key]
-            + [word for word, name in words.items() if name.startswith(f"{key}.")]
-            + [word for word, name in words.items() if key.startswith(f"{name}.") and "{" in word]
-        ),
-        None,
-    )
+def override_of(key: str, overrides: Sequence[str], value: str | None = None) -> str | None:
+    """The word on the command line that sets `key`, one below it, or a table it lies in.
+
+    The last of several, which is what Hydra takes; but the last with `value`, if there is one.
+    """
+    named = [(word, word.lstrip("+~").partition("=")[0]) for word in overrides]
+    for found in (
+        [word for word, name in named if name == key],
+        [word for word, name in named if name.startswith(f"{key}.")],
+        [word for word, name in named if key.startswith(f"{name}.") and "{" in word],
+    ):
+        if found:
+            quoted = [word for word in found if word.partition("=")[2] == value]
+            return (quoted or found)[-1]
+    return None
 
 
 def _typed(key: str, overrides: Sequence[str]) -> str:
@@ -380,15 +406,17 @@ def _unknown_settings(cfg: DictConfig) -> list[str]:
     return unknown
 
 
-def _rule(annotation: Any) -> tuple[str, list[str]]:
+def rule_of(annotation: Any) -> tuple[str, list[str]]:
     """What a value of this type looks like, and the choices where there are few."""
     options = typing.get_args(annotation)
     if NoneType in options:
-        rule, choices = _rule(next(option for option in options if option is not NoneType))
+        rule, choices = rule_of(next(option for option in options if option is not NoneType))
         return f"{rule}, or null", choices
     kind = typing.get_origin(annotation) or annotation
     if issubclass(kind, Enum):
         return f"one of {', '.join(kind.__members__)}", list(kind.__members__)
+    if kind is dict and options[1] is str:
+        return "a table, as in {NAME:VALUE}", []
     words = {
         int: "a whole number",
         float: "a number",
@@ -398,30 +426,3 @@ def _rule(annotation: Any) -> tuple[str, list[str]]:
         dict: "a table of numbers, as in {a:1,b:2}",
     }
     return words[kind], []
-
-
-def closest(wish: str, names: Sequence[str]) -> list[str]:
-    """At most three of `names` that look like `wish`, nearest first.
-
-    Compares whole names, and last words alone, so that `lr` finds optimizer.lr.
-    """
-    section, _, end = wish.lower().rpartition(".")
-
-    def likeness(name: str) -> float:
-        its_section, _, its_end = name.lower().rpartition(".")
-        shorter, longer = sorted((end, its_end), key=len)
-        score = max(
-            SequenceMatcher(None, wish.lower(), name.lower()).ratio()
-            if section != its_section
-            else 0,
-            SequenceMatcher(None, end, its_end).ratio(),
-            # a part of the name, as `steps` of train_steps
-            0.65 + 0.3 * len(shorter) / len(longer) if shorter and shorter in longer else 0,
-        )
-        same_start = end.split("_")[0] == its_end.split("_")[0]
-        return score + 0.15 * (section == its_section) + 0.05 * same_start
-
-    scores = {name: likeness(name) for name in names}
-    least = max(0.7, max(scores.values(), default=0) - 0.1)
-    close = [name for name in names if scores[name] >= least]
-    return sorted(close, key=lambda name: -scores[name])[:3]

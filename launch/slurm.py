@@ -24,32 +24,27 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
 
 from data.interrupted import say_interrupted
 
 if __name__ == "__main__":
     say_interrupted()  # also amid the imports below
 
-import yaml  # type: ignore[import-untyped]
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
 from launch.check_engine import refused_on_gpu
 from launch.check_scale import too_much_for_shipped_text
-from launch.command_line import add_config_dir, words_parser
+from launch.command_line import add_config_dir, parse_words, words_parser
 from launch.config import ClusterConfig
-from launch.schema import CONF, closest, load
-from launch.schema import SITES as GROUP
+from launch.repeated_words import repeated
+from launch.schema import load
+from launch.site_settings import load_cluster
 from launch.slurm_script import Job, grace_seconds, render
 from launch.status import SUBMITTED, last_training_record, remaining_seconds
+from launch.units import minutes_or_hours
 from parallel.config import ConfigError
 from pretrain.config import PretrainConfig
 from pretrain.config_rules import validate
 from pretrain.progress import format_duration
 from pretrain.walltime import walltime_seconds
-
-SITES = CONF / GROUP
 
 
 class SlurmError(Exception):
@@ -75,16 +70,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--submit", action="store_true", help="write the script and submit it")
     action.add_argument("--dry-run", action="store_true", help="only show it, as without --submit")
-    given = parser.parse_intermixed_args(arguments)
+    given, problems = parse_words(parser, arguments)
     try:
         wish = sort_words(given.words)
+        wish.problems += problems
         wish.config_dir = given.config_dir
         job = make_job(wish)
     except ConfigError as error:
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr)
         return 2
-    print("\n".join(describe(job, wish.chain)), file=sys.stderr)
+    lines = describe(job, wish.chain)
+    lines += [f"warning: {text}" for text in repeated(given.words)]
+    print("\n".join(lines), file=sys.stderr)
     if not given.submit:
         print(render(job), end="")
         print("nothing is submitted; add --submit to do so", file=sys.stderr)
@@ -103,6 +101,8 @@ def sort_words(words: Sequence[str]) -> Wish:
         name, equals, value = word.partition("=")
         if name == "cluster" and equals:
             wish.cluster = value
+        elif name.startswith("cluster.") and not equals:
+            wish.problems.append(f"{word} is not SETTING=VALUE; write {word}=VALUE")
         elif name.startswith("cluster."):
             wish.settings.append(word.removeprefix("cluster."))
         elif name not in ("nodes", "chain"):
@@ -152,68 +152,12 @@ def searched(config_dir: str | None) -> list[str]:
     if config_dir is None:
         return []
     if not Path(config_dir).is_dir():
-        raise ConfigError(f"--config-dir {config_dir}: there is no such folder")
+        raise ConfigError(
+            f"--config-dir {config_dir}: there is no such folder; leave it out, or give one that "
+            "holds groups as conf/ does, as DIR/parallel/mine.yaml for parallel=mine"
+        )
     path = str(Path(config_dir).resolve()).replace("'", r"\'")
     return [f"hydra.searchpath=['file://{path}']"]
-
-
-def load_cluster(name: str | None, settings: Sequence[str]) -> ClusterConfig:
-    """A site's settings from conf/cluster, or from a file of one's own, changed by `settings`.
-
-    Raises ConfigError.
-    """
-    path = _site(name)
-    schema = OmegaConf.structured(ClusterConfig)
-    known = [str(key) for key in schema]
-    try:
-        values = OmegaConf.load(path)
-        changes = OmegaConf.from_dotlist([_as_text(word) for word in settings])
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"cluster={name}: {' '.join(str(error).split())}") from None
-    if not OmegaConf.is_dict(values):
-        raise ConfigError(f"cluster={name}: {path} must hold settings, as in nodes of generic.yaml")
-    unknown = [_unknown(str(key), f"{path.name}: ", known) for key in values if key not in known]
-    unknown += [_unknown(str(key), "", known) for key in changes if key not in known]
-    if unknown:
-        raise ConfigError(*unknown)
-    try:
-        merged = OmegaConf.merge(schema, values, changes)
-        return cast(ClusterConfig, OmegaConf.to_object(merged))
-    except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None)
-        raise ConfigError(f"cluster.{key}: {str(error).splitlines()[0]}") from None
-
-
-def _as_text(word: str) -> str:
-    """A word whose value is text whatever it looks like; YAML reads 12:00:00 as 43200, off as no.
-
-    In quotes, then, where it is not yet.
-    """
-    name, equals, value = word.partition("=")
-    if not equals or value.startswith(('"', "'")):
-        return word
-    if name != "walltime" and not name.startswith("environment."):
-        return word
-    return f"{name}={json.dumps(value, ensure_ascii=False)}"  # what JSON quotes, YAML reads
-
-
-def _site(name: str | None) -> Path:
-    there = sorted(path.stem for path in SITES.glob("*.yaml"))
-    shipped = f"There are {', '.join(there)}; or give the path of a file of your own, as mine.yaml"
-    if not name:
-        raise ConfigError(f"no site is chosen; add cluster=NAME. {shipped}")
-    path = Path(name) if name.endswith(".yaml") else SITES / f"{name}.yaml"
-    if not path.is_file():
-        meant = [f"cluster={site}" for site in closest(name, there)]
-        hint = f"; did you mean {' or '.join(meant)}?" if meant else "."
-        raise ConfigError(f"cluster={name}: there is no {path}{hint} {shipped}")
-    return path
-
-
-def _unknown(key: str, where: str, known: Sequence[str]) -> str:
-    meant = [f"cluster.{name}" for name in closest(key, known)]
-    hint = f"did you mean {' or '.join(meant)}?" if meant else f"there are {', '.join(known)}"
-    return f"{where}there is no setting cluster.{key}; {hint}"
 
 
 def check_paths(job: Job) -> list[str]:
@@ -336,7 +280,9 @@ def describe(job: Job, chain: int) -> list[str]:
             f"note      parallel.tensor_model_parallel_size={tensor} spans nodes of "
             f"{cluster.processes} processes, at the speed of the network"
         )
-    return lines + [f"warning: {text}" for text in too_much_for_shipped_text(config, job.processes)]
+    warnings = too_much_for_shipped_text(config, job.processes)
+    warnings += minutes_or_hours("cluster.walltime", cluster.walltime)
+    return lines + [f"warning: {text}" for text in warnings]
 
 
 def _clock(seconds: float) -> str:

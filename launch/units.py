@@ -6,6 +6,8 @@ from typing import Any
 
 from data.quantity import FACTORS
 
+MOST_LIKELY_HOURS = 72  # of walltimes that are a mere number: minutes to SLURM and to us
+
 _NUMBER = r"[+-]?\d[\d_]*(?:\.\d*)?(?:e[+-]?\d+)?"
 _SECONDS = {
     **dict.fromkeys(("s", "sec", "second", "seconds"), 1.0),
@@ -25,21 +27,22 @@ def number_meant(setting: str, text: str, kinds: tuple[Any, ...]) -> str | None:
     text = text.strip().strip("'\"").lower()
     whole = float not in kinds
     seconds = _seconds(text)
-    value = _plain_number(text)
+    value = plain_number(text)
     if {seconds, value} & {math.inf, -math.inf}:  # 1e999, which no setting takes
         return None
     if setting.endswith("_seconds") and seconds is not None:
         return f"it is in seconds: {setting}={seconds:g}"
+    counts, example = _counts(setting)
     if value is None:
-        return None if seconds is None else f"it counts {_what(setting)}, not time"
+        return None if seconds is None else f"{counts}, not time{example}"
     if whole and 0 < value < 1:
-        return f"it counts {_what(setting)} and is no share of them"
+        return f"{counts} and is no share of them{example}"
     if whole and value != int(value):
         return None
     return f"write {setting}={int(value) if whole or value == int(value) else f'{value:g}'}"
 
 
-def _plain_number(text: str) -> float | None:
+def plain_number(text: str) -> float | None:
     """1,000 · 300b · 1e6 · 1% as numbers."""
     if re.fullmatch(r"\d{1,3}(,\d{3})+(\.\d+)?", text):
         return float(text.replace(",", ""))
@@ -58,6 +61,20 @@ def _seconds(text: str) -> float | None:
     if found is None or found[2] not in _SECONDS:
         return None
     return float(found[1].replace("_", "")) * _SECONDS[found[2]]
+
+
+def minutes_or_hours(setting: str, text: str | None) -> list[str]:
+    """A warning where a walltime is a number of minutes that may well have been meant as hours."""
+    if text is None or not text.isdecimal() or int(text) > MOST_LIKELY_HOURS:
+        return []
+    return [f"{setting}={text} is {text} minutes; if hours were meant: {setting}={int(text)}:00:00"]
+
+
+def _counts(setting: str) -> tuple[str, str]:
+    """What it counts, and a value that works where one fits any run."""
+    what = _what(setting)
+    example = {"steps": 100, "sequences": 64}.get(what)
+    return f"it counts {what}", f", as in {setting}={example} {what}" if example else ""
 
 
 def _what(setting: str) -> str:

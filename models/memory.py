@@ -10,7 +10,6 @@
     other         what stays for the whole step: batches, losses by token, tables of positions,
                   under sequence parallelism megatron-core's buffer for gathered inputs, e t h, and
                   between pipeline stages what they send each other, e u h a message
-    host_copy     in the memory of the host: the copy that checkpoint.async_save writes from
 
 P is the parameters of the rank, e the bytes of one (2 in bf16, 4 in fp32; routers always 4). With
 the distributed optimizer (ZeRO-1) parameters and gradients lie in buffers padded to a multiple of
@@ -64,12 +63,6 @@ class StageMemory:
     @property
     def total(self) -> int:
         return sum(getattr(self, part) for part in PARTS)
-
-    @property
-    def host_copy(self) -> int:
-        """On the host, in no sum: what the first of the data-parallel ranks copies for a
-        checkpoint that is written while the training goes on, its weights and optimizer state."""
-        return self.parameters + self.optimizer
 
     def describe(self) -> str:
         """One line for the log."""

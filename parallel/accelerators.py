@@ -16,7 +16,7 @@ from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import find_spec
 from pathlib import Path
 
-from parallel.fast_paths import FAST_PATHS
+from parallel.fast_paths import FAST_PATHS, WITH_DEEPSPEED
 
 
 class ApexTrap(ImportError):
@@ -34,6 +34,7 @@ class Accelerator:
     not_used_for: str  # what it also has, and what does that work here
     how_to_get: str
     compiled: dict[str, bool] = field(default_factory=dict)  # its extensions: whether built
+    compiles_later: bool = False  # those that are not built, at the first start that uses them
     problem: str | None = None  # why something of that name is here and still not usable
 
     def describe(self) -> str:
@@ -48,6 +49,8 @@ class Accelerator:
         wanted = f"does {self.used_for}" if self.used_for else f"not used: {self.not_used_for}"
         missing = [name for name, built in self.compiled.items() if not built]
         built = f"; without its compiled {', '.join(missing)}" if missing else ""
+        if missing and self.compiles_later:
+            built = f"; compiled at the first start that uses them: {', '.join(missing)}"
         return f"{self.name}: {self.version or 'version unknown'} ({wanted}{built})"
 
 
@@ -59,7 +62,9 @@ class _Known:
     used_for: str
     not_used_for: str
     how_to_get: str
+    tested: str  # which of its uses are compared with torch's, by which test, where it is there
     extensions: tuple[str, ...] = ()  # of which some may be there and some not
+    compiles_later: bool = False  # those that are not there, where there is a compiler
 
 
 _KNOWN = (
@@ -72,6 +77,8 @@ _KNOWN = (
         "its LayerNorm: the norms are torch's",
         "build it from https://github.com/NVIDIA/apex with --cpp_ext and --cuda_ext;"
         " `pip install apex` installs something else",
+        "AdamW, by `pytest -m gpu tests/parallel/test_fast_paths.py`; norm, clipping and weight"
+        " gradients by no test of their own, but by every `pytest -m gpu` that trains beside it",
         ("fused_weight_gradient_mlp_cuda",),
     ),
     _Known(
@@ -81,6 +88,8 @@ _KNOWN = (
         "AdamW, gradient norm and clipping, and the splitting of queries, keys and values",
         "its layers, its attention and FP8: layers are megatron-core's plain ones and ours",
         "pip install 'transformer_engine[pytorch]'",
+        "AdamW, by `pytest -m gpu tests/parallel/test_fast_paths.py`; norm, clipping and splitting"
+        " by no test of their own, but by every `pytest -m gpu` that trains beside it",
     ),
     _Known(
         "flash_attn",
@@ -89,14 +98,16 @@ _KNOWN = (
         "",
         "attention is torch's, which has flash kernels of its own",
         "pip install flash-attn --no-build-isolation",
+        "nothing to test",
     ),
     _Known(
         "triton",
         "triton",
         ("triton.language",),
         "",
-        "nothing here is compiled with torch.compile",
+        "nothing here is compiled with torch.compile (see below)",
         "comes with torch's CUDA builds for Linux",
+        "nothing to test",
     ),
     _Known(
         "deepspeed",
@@ -106,7 +117,11 @@ _KNOWN = (
         " engine=deepspeed",
         "engine=megatron",
         "pip install 'magnetron[deepspeed]'",
+        "ZeRO and torch's AdamW on a CPU, by `tests/parallel/test_deepspeed_engine.py`; its CPU"
+        " Adam, compiled there, by `tests/parallel/test_deepspeed_adam.py` (slow); its FusedAdam,"
+        " which needs a GPU, by none",
         ("fused_adam", "cpu_adam"),
+        compiles_later=True,
     ),
 )
 
@@ -152,6 +167,7 @@ def _find(known: _Known) -> Accelerator:
         not_used_for=known.not_used_for,
         how_to_get=known.how_to_get,
         compiled=compiled,
+        compiles_later=known.compiles_later,
         problem=problem,
     )
 
@@ -230,23 +246,40 @@ def markdown() -> str:
         lines.append(f"| {path.work} | {_choices(path.on_gpu)} | {_choices(path.on_cpu)} |")
     lines += [
         "",
+        "With `engine=deepspeed` these differ, and its log says which of them it is, on a CPU too:",
+        "",
+        "| work | who |",
+        "|---|---|",
+    ]
+    lines += [f"| {work} | {_choices(who)} |" for work, who in WITH_DEEPSPEED.items()]
+    lines += [
+        "",
+        "Norms, activations, biases and residuals are not compiled with torch.compile, and there",
+        "is no setting for it: whether that would gain anything has not been measured, on a GPU or",
+        "on a CPU. What is known is a cost: loading the machinery of torch.compile took a start on",
+        "a CPU about 5 s, and none does so now (`parallel/cpu_bridge.py`).",
+        "",
         "## The packages",
         "",
-        "| package | what it does here | what it is not used for | how to get it |",
-        "|---|---|---|---|",
+        "| package | what it does here | what it is not used for | tested where it is there |"
+        " how to get it |",
+        "|---|---|---|---|---|",
     ]
     for known in _KNOWN:
         used = known.used_for or "reported, not used"
         if known.extensions:
             used += f" (compiled: {', '.join(f'`{name}`' for name in known.extensions)})"
-        lines.append(f"| `{known.name}` | {used} | {known.not_used_for} | {known.how_to_get} |")
+        columns = (f"`{known.name}`", used, known.not_used_for, known.tested, known.how_to_get)
+        lines.append(f"| {' | '.join(columns)} |")
     lines += [
         "",
         "`pip install apex` installs an unrelated package of that name. megatron-core would take",
         "it for NVIDIA's and fail far from the cause, so a run refuses to start beside it.",
         "",
         "DeepSpeed's operations are compiled when it is installed (`DS_BUILD_OPS=1`) or at the",
-        "first start that uses them; the log names those that were not built ahead.",
+        "first start that uses them, where there is a compiler; the log names those that were not",
+        "built ahead. How each package is told from what only has its name is tested everywhere,",
+        "without the packages (`tests/parallel/test_accelerators.py`).",
     ]
     return "\n".join(lines) + "\n"
 

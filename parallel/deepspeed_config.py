@@ -214,6 +214,29 @@ def counting_for_nothing(settings: DeepSpeedConfig) -> list[str]:
     return [f"{setting} counts only with engine=deepspeed; add that" for setting in typed]
 
 
+def without_effect(parallel: ParallelConfig, deepspeed: DeepSpeedConfig) -> list[str]:
+    """Lines for settings that are not at their defaults and mean nothing to engine=deepspeed."""
+    found = []
+    if not parallel.use_distributed_optimizer:
+        stage = (
+            "deepspeed.zero_stage=0, which shares out nothing, is set too; leave this one out"
+            if deepspeed.zero_stage == 0
+            else f"deepspeed.zero_stage={deepspeed.zero_stage} shares the optimizer out all the "
+            "same; use deepspeed.zero_stage=0 to share out nothing, or leave this one out"
+        )
+        found.append(
+            f"parallel.use_distributed_optimizer=false counts only with engine=megatron: {stage}"
+        )
+    threshold = deepspeed.param_persistence_threshold
+    if deepspeed.zero_stage < 3 and threshold != DeepSpeedConfig.param_persistence_threshold:
+        found.append(
+            f"deepspeed.param_persistence_threshold={threshold} counts only with "
+            f"deepspeed.zero_stage=3: with {deepspeed.zero_stage} every parameter is whole on "
+            "every rank; use 3, or leave it out"
+        )
+    return found
+
+
 def _typed(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 

@@ -1,7 +1,7 @@
 """Work that several implementations can do: who may do it, and who does in this process.
 
-`FAST_PATHS` is a table and imports nothing; `in_use` looks at what megatron-core and this project
-have settled on, and imports both.
+`FAST_PATHS` and `WITH_DEEPSPEED` are tables and import nothing; `in_use` looks at what
+megatron-core and this project have settled on, and imports both.
 """
 
 from __future__ import annotations
@@ -84,11 +84,30 @@ FAST_PATHS: dict[str, FastPath] = {
     )
 }
 
+# What engine=deepspeed does in another way: who -> how. The rest is as above.
+WITH_DEEPSPEED: dict[str, dict[str, str]] = {
+    ADAM: {
+        _TORCH: "the fused kernel of its AdamW",
+        "DeepSpeed's CPU Adam": "`deepspeed.native_adam=true` on a CPU, or with"
+        " `deepspeed.offload_optimizer=true`",
+        "DeepSpeed's FusedAdam": "`deepspeed.native_adam=true` on a GPU otherwise",
+    },
+    NORM: {_TORCH: "as in `parallel/adam.py`, on this rank's shares"},
+    WEIGHT_GRADIENTS: {_TORCH: "autograd's products, which DeepSpeed adds up"},
+}
+_ADAMS_OF_DEEPSPEED = {
+    "DeepSpeedCPUAdam": "DeepSpeed's CPU Adam",
+    "FusedAdam": "DeepSpeed's FusedAdam",
+}
 
-def in_use(device: torch.device) -> dict[str, str]:
+
+def in_use(
+    device: torch.device, deepspeed_adam: torch.optim.Optimizer | None = None
+) -> dict[str, str]:
     """Who does the work of each row of `FAST_PATHS` on `device` in this process.
 
     To be asked once an engine is there, which replaces what megatron-core fell back on.
+    deepspeed_adam: the optimizer of engine=deepspeed, where that is the engine.
     """
     import megatron.core.optimizer as optimizer
     import megatron.core.optimizer.clip_grads as clip_grads
@@ -104,6 +123,9 @@ def in_use(device: torch.device) -> dict[str, str]:
     found[WEIGHT_GRADIENTS] = _TORCH if extension is TorchWeightGradient else "apex"
     found[SPLIT] = _TORCH if attention.SplitAlongDim is None else "transformer_engine"
     found[EXPERTS] = _products_of_experts(device)
+    if deepspeed_adam is not None:
+        found |= dict.fromkeys(WITH_DEEPSPEED, _TORCH)
+        found[ADAM] = _ADAMS_OF_DEEPSPEED.get(type(deepspeed_adam).__name__, _TORCH)
     return found
 
 

@@ -116,6 +116,11 @@ class TrainConfig:
             },
             0,
         )
+        if self.seed >= 2**63:
+            # torch takes numbers below 2^64; to this one ranks add what tells them apart
+            problems.append(
+                f"train.seed={self.seed} must be below 2^63 = {2**63}; use a number such as 1234"
+            )
         if problems:
             raise ConfigError(*problems)
 

@@ -25,7 +25,7 @@ from models.parameter_count import flops_per_token, parameter_count
 from parallel import failure_watch
 from parallel.accelerators import check_apex, find_accelerators
 from parallel.config import ConfigError
-from parallel.deepspeed_config import EngineKind
+from parallel.deepspeed_config import EngineKind, without_effect
 from parallel.engine import Engine, MegatronEngine
 from parallel.failure_watch import FailureWatch
 from parallel.fast_paths import in_use
@@ -148,6 +148,8 @@ def train(config: PretrainConfig, runtime: Runtime, stop: StopSignal, status: Ru
         log_interval=config.train.log_interval,
     )
     checkpoints.notify = notice(events, progress.message)
+    walltime = wall_time(config, runtime)
+    pass
     loop = TrainLoop(
         config=config,
         engine=engine,
@@ -166,7 +168,7 @@ def train(config: PretrainConfig, runtime: Runtime, stop: StopSignal, status: Ru
         ledger=Ledger(run_dir) if runtime.rank == 0 else None,
         router=open_router_report(config, engine, data, runtime, resumed_step=state.step or None),
         status=status,
-        walltime=wall_time(config, runtime),
+        walltime=walltime,
         events=events,
         predictions=predictions if runtime.rank == 0 else None,
     )
@@ -181,7 +183,8 @@ def introduce(loop: TrainLoop, state: TrainState) -> None:
     """What the run's first lines say of it."""
     config, data, runtime = loop.config, loop.data, loop.runtime
     loop.progress.message(runtime.describe())
-    for line in [*accelerator_lines(config, runtime), *memory_lines(config, data, runtime)]:
+    accelerators = accelerator_lines(config, runtime, loop.engine)
+    for line in [*accelerators, *memory_lines(config, data, runtime)]:
         loop.progress.message(line)
     if loop.predictions is not None:
         loop.progress.message(predict_end(loop.predictions, config, state))
@@ -208,6 +211,9 @@ def run_and_close(loop: TrainLoop, state: TrainState, stop: StopSignal) -> Outco
         if loop.router is not None:
             loop.router.close()
         loop.instruments.close()
+        loop.events.close()
+        if loop.ledger is not None:
+            loop.ledger.close()
         loop.tracker.close(failed=not finished)
 
 
@@ -436,16 +442,22 @@ def throughput_meter(config: PretrainConfig, data: Data, runtime: Runtime) -> Th
     )
 
 
-def accelerator_lines(config: PretrainConfig, runtime: Runtime) -> list[str]:
-    """Which fast paths are on and what optional packages are here; on a CPU none of these would do
-    anything."""
-    if runtime.device.type == "cpu":
+def accelerator_lines(config: PretrainConfig, runtime: Runtime, engine: Engine) -> list[str]:
+    """Which fast paths are on, what optional packages are here, and which settings the engine does
+    not look at. On a CPU only DeepSpeed, where it is the engine, would do anything."""
+    deepspeed = config.engine is EngineKind.deepspeed
+    on_cpu = runtime.device.type == "cpu"
+    if on_cpu and not deepspeed:
         return ["optional accelerators (apex, Transformer Engine, ...): none applies on a CPU"]
-    packages = [accelerator.describe() for accelerator in find_accelerators()]
-    if config.engine is not EngineKind.megatron:
-        return packages
-    found = "; ".join(f"{work}: {who}" for work, who in in_use(runtime.device).items())
-    return [f"fast paths: {found}", *packages]
+    packages = [
+        accelerator.describe()
+        for accelerator in find_accelerators()
+        if not on_cpu or accelerator.name == "deepspeed"
+    ]
+    adam = getattr(engine, "optimizer", None) if deepspeed else None
+    found = "; ".join(f"{work}: {who}" for work, who in in_use(runtime.device, adam).items())
+    ignored = without_effect(config.parallel, config.deepspeed) if deepspeed else []
+    return [f"fast paths: {found}", *packages, *(f"warning: {line}" for line in ignored)]
 
 
 def memory_lines(config: PretrainConfig, data: Data, runtime: Runtime) -> list[str]:

@@ -161,25 +161,25 @@ class RunLock:
         return _describe(self._file.path, holder)
 
 
-def unusable(run_dir: Path, error: OSError | None = None) -> str:
-    """Why no run can write its folder there, and what to do: what `error` says, where it is of a
-    kind that a look at the path does not tell. Empty where nothing seems wrong."""
+def unusable(folder: Path, error: OSError | None = None, *, setting: str = "run_dir") -> str:
+    """Why no run can write the folder that `setting` names, and what to do: what `error` says,
+    where it is of a kind that a look at the path does not tell. Empty where nothing seems wrong."""
     if error is not None and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return (
-            f"no space left on the file system of run_dir={run_dir} ({os.strerror(error.errno)}); "
-            "make room there, or choose another run_dir"
+            f"no space left on the file system of {setting}={folder} "
+            f"({os.strerror(error.errno)}); make room there, or choose another {setting}"
         )
-    place = run_dir
+    place = folder
     while not os.path.exists(place):  # no error for a path that cannot be looked at
         place = place.parent
     if not place.is_dir():
-        return f"run_dir={run_dir}: {place} is a file; name a folder"
+        return f"{setting}={folder}: {place} is a file; name a folder"
     if not os.access(place, os.W_OK | os.X_OK):
-        return f"run_dir={run_dir}: {place} may not be written; choose another folder"
+        return f"{setting}={folder}: {place} may not be written; choose another folder"
     if error is None:
         return ""
     return (
-        f"run_dir={run_dir}: cannot be written below {place} "
+        f"{setting}={folder}: cannot be written below {place} "
         f"({error.strerror or error}); choose another folder"
     )
 

@@ -12,9 +12,12 @@ from contextlib import contextmanager
 
 import psutil  # type: ignore[import-untyped]
 
+LAST_WORDS_SECONDS = 5.0  # in which a run that could not save says so and ends
 WALLTIME = "walltime"  # what stopped a run, where signals are named by their names
 
 _DAYS_AND_CLOCK = re.compile(r"(?:(\d+)-)?(\d+):([0-5]\d):([0-5]\d)")
+_WITH_UNIT = r"(\d+(?:\.\d+)?)\s*(d|h|m|s)(?:ays?|rs?|ours?|ins?|inutes?|ecs?|econds?)?"  # 24 hours
+_SECONDS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
 # YAML reads an unquoted 12:00:00 as a number to the base of 60. The smallest it makes of hours,
 # minutes and seconds is this; numbers below can only have been meant as minutes.
 _LONGEST_IN_MINUTES = 3600
@@ -36,10 +39,30 @@ def walltime_seconds(text: str) -> float:
             "in quotes: unquoted, YAML takes 12:00:00 for the number 43200"
         )
     else:
-        raise ValueError("must be [D-]HH:MM:SS, such as 23:30:00, or minutes, such as 90")
+        meant = _with_units(text)
+        raise ValueError(
+            "must be [D-]HH:MM:SS, such as 23:30:00, or minutes, such as 90"
+            + (f"; write {meant}" if meant else "")
+        )
     if total == 0:
         raise ValueError("must be longer than nothing; leave it out for a run without an end")
     return float(total)
+
+
+def _with_units(text: str) -> str | None:
+    """24h, 1d12h, 90 min and 12:30 as HH:MM:SS; None for what is no time."""
+    text = text.strip().lower()
+    if re.fullmatch(rf"(?:{_WITH_UNIT}\s*)+", text):
+        found = re.findall(_WITH_UNIT, text)
+        seconds = sum(float(number) * _SECONDS[unit] for number, unit in found)
+    elif clock := re.fullmatch(r"(\d+):([0-5]\d)", text):
+        seconds = 60 * (60 * int(clock[1]) + int(clock[2]))
+    else:
+        return None
+    if not seconds:
+        return None
+    whole = round(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
 
 
 def end_of_time(
@@ -89,6 +112,12 @@ class WallTime:
     def left(self) -> float:
         """Seconds until the end; infinite where there is none."""
         return self.end - self._clock()
+
+    @property
+    def patience(self) -> float:
+        """Seconds that the save which ends the run may be tried again: the grace time, or what is
+        left, but for the moment it takes to say that it failed."""
+        return min(self.grace_seconds, self.left - LAST_WORDS_SECONDS)
 
     @contextmanager
     def measuring(self, what: str) -> Iterator[None]:

@@ -165,7 +165,7 @@ def test_bad_input(
             demo,
             "--eod-token",
             "<stop>",
-        ): "none of <stop>; set --eod-token",
+        ): "error: --eod-token <stop> is not in the vocabulary of --tokenizer ",
         (str(good), "--tokenizer", demo, "--megabytes-per-language", "-1"): "must be 0 or more",
     }.items():
         with pytest.raises(SystemExit) as ended:

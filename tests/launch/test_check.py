@@ -16,10 +16,10 @@ from data.open_mixture import DEMO_TOKENIZER
 from data.tokenizer import load_tokenizer
 from launch.check import Machines, check, main
 from launch.check_disk import _present_bytes, checkpoint_bytes, kept_at_once
-from launch.check_memory import _finer, _leaner
 from launch.check_paths import path_of
 from launch.composition import compose_what_fits
 from launch.findings import ERROR, NOTE, WARNING, Findings
+from launch.leaner_layout import _finer, leaner
 from launch.nearest_layout import nearest_layout
 from launch.origins import COMMAND_LINE, DEFAULT
 from launch.schema import broken_rules_across_rooms, load
@@ -32,8 +32,8 @@ from tests.pretrain.laws import a_law
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ["+model=magneto_tiny", "wandb.mode=disabled", "data.seq_length=64"]
-# CPU seconds of the whole command on a machine that others use as well; 1.4 alone
-MOST_SECONDS = 5.0
+# CPU seconds of the whole command, user and system, however busy the machine is; it takes 1.1
+MOST_SECONDS = 2.0
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,8 @@ def test_it_imports_no_torch_and_is_quick(stores: str) -> None:
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert ended.stdout.splitlines()[-1] == "HEAVY"
-    assert after.ru_utime - before.ru_utime < MOST_SECONDS
+    spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    assert spent < MOST_SECONDS
 
 
 def test_exit_status(stores: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -482,7 +483,7 @@ def test_what_would_fit(
 
 def test_the_cheapest_change_comes_first() -> None:
     config = load(["+model=xmoe_7b_64e", "parallel.use_distributed_optimizer=false"])
-    first = next(iter(_leaner(config, 64)))
+    first = next(iter(leaner(config, 64)))
     assert first.parallel == replace(config.parallel, use_distributed_optimizer=True)
     sizes = _finer(config, 64)
     assert sizes[:3] == [(1, 1, 1), (1, 1, 2), (1, 1, 4)]
@@ -503,10 +504,25 @@ def test_the_cheapest_change_comes_first() -> None:
         ("train.train_steps", "5ksteps", int, "write train.train_steps=5000"),
         ("train.train_steps", "1,000", int, "write train.train_steps=1000"),
         ("train.train_steps", "1.5", int, None),
-        ("train.train_steps", "0.5", int, "it counts steps and is no share of them"),
-        ("train.global_batch_size", "0.5", int, "it counts sequences and is no share of them"),
+        (
+            "train.train_steps",
+            "0.5",
+            int,
+            "it counts steps and is no share of them",
+        ),
+        (
+            "train.global_batch_size",
+            "0.5",
+            int,
+            "it counts sequences and is no share of them",
+        ),
         ("model.num_layers", "2h", int, "it counts whole things, not time"),
-        ("checkpoint.save_interval", "2h", int, "it counts steps, not time"),
+        (
+            "checkpoint.save_interval",
+            "2h",
+            int,
+            "it counts steps, not time",
+        ),
         ("a.b_seconds", "1.5h", float, "it is in seconds: a.b_seconds=5400"),
         ("a.b_seconds", "01:00:30", float, "it is in seconds: a.b_seconds=3630"),
         ("a.b_seconds", "2d", float, "it is in seconds: a.b_seconds=172800"),
@@ -519,7 +535,8 @@ def test_the_cheapest_change_comes_first() -> None:
     ],
 )
 def test_numbers_that_were_meant(setting: str, text: str, kind: type, meant: str | None) -> None:
-    assert number_meant(setting, text, (kind,)) == meant
+    told = number_meant(setting, text, (kind,))
+    assert told is None if meant is None else told and told.split(", as in ")[0] == meant
 
 
 # ---- layouts

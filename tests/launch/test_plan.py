@@ -49,3 +49,5 @@ def test_what_the_launcher_refuses(capsys: pytest.CaptureFixture[str]) -> None:
     assert "did you mean +experiment=demo?" in capsys.readouterr().err
     assert main(["+model=magneto_tiny", "train.train_step=3"]) == 2
     assert "did you mean train.train_steps" in capsys.readouterr().err
+    assert main(["+model=magneto_tiny", "--train-iters", "5"]) == 2
+    assert "--train-iters 5: settings are words here; write train.tr" in capsys.readouterr().err

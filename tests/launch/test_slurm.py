@@ -14,7 +14,8 @@ import pytest
 
 from launch.config import ClusterConfig
 from launch.schema import load
-from launch.slurm import SITES, load_cluster, main
+from launch.site_settings import SITES, load_cluster
+from launch.slurm import main
 from launch.slurm_script import BODY
 from parallel.config import ConfigError
 from pretrain.config_rules import validate
@@ -147,7 +148,7 @@ def test_a_folder_of_settings_of_ones_own(
     assert "magneto_tiny, 777 steps" in told.err
     assert array(told.out, "TRAINING")[1:] == words
     (problem,) = refused(*TINY, "--config-dir", "nowhere", capsys=capsys)
-    assert problem == "--config-dir nowhere: there is no such folder"
+    assert problem.startswith("--config-dir nowhere: there is no such folder; leave it out, or ")
 
 
 def commands(page: str, program: str) -> list[list[str]]:
@@ -324,7 +325,7 @@ def test_time_to_save_must_be_left(capsys: pytest.CaptureFixture[str]) -> None:
         ("walltime=5h", "must be [D-]HH:MM:SS"),
         ("walltime=0", "must be longer than nothing"),
         ("gpus_per_node=-1", "must be 0 or more"),
-        ("gpus_per_node=many", "could not be converted to Integer"),
+        ("gpus_per_node=many", "=many must be a whole number"),
         ("processes_per_node=0", "must be 1 or more"),
         ("cpus_per_node=0", "must be 1 or more"),
         ("max_failures=0", "must be 1 or more"),

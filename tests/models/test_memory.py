@@ -87,7 +87,6 @@ def test_state_of_one_rank() -> None:
         4 * padded,
         12 * padded,
     )
-    assert stage.host_copy == 14 * padded
 
 
 def test_state_in_fp32_without_the_distributed_optimizer() -> None:

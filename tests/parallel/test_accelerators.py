@@ -1,6 +1,7 @@
 """Optional packages are told apart by what is in them, without importing them."""
 
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -51,7 +52,9 @@ def test_every_package_says_what_it_does_and_how_to_get_it() -> None:
 
 
 def test_the_page_is_that_of_the_code() -> None:
-    """Else: python -m parallel.accelerators > docs/accelerators.md"""
+    """Else: python -m parallel.accelerators > docs/accelerators.md. What it names is there."""
+    for name in re.findall(r"`(?:pytest -m gpu )?((?:tests|parallel)/\S+?\.py)`", markdown()):
+        assert (REPOSITORY / name).is_file(), name
     assert (REPOSITORY / "docs" / "accelerators.md").read_text() == markdown()
 
 
@@ -60,6 +63,15 @@ def test_what_is_missing_says_what_it_would_do() -> None:
     assert lines["apex"].startswith("apex: not here; would do AdamW")
     assert "NVIDIA/apex" in lines["apex"]
     assert lines["flash_attn"].startswith("flash_attn: not here; not used: attention is torch's")
+
+
+def test_what_is_compiled_later_is_not_called_missing() -> None:
+    lines = {}
+    for accelerator in find_accelerators():
+        here = replace(accelerator, found=True, version="1", compiled={"a": False, "b": True})
+        lines[here.name] = here.describe()
+    assert lines["deepspeed"].endswith("; compiled at the first start that uses them: a)")
+    assert lines["apex"].endswith("; without its compiled a)")
 
 
 def missing(accelerator: Accelerator) -> Accelerator:

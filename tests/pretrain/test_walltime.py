@@ -53,6 +53,13 @@ def test_grace_time_is_a_finite_time(seconds: float) -> None:
         FaultToleranceConfig(grace_seconds=seconds)
 
 
+def test_a_last_save_is_tried_again_while_there_is_time() -> None:
+    assert WallTime(None, grace_seconds=60).patience == 60
+    assert WallTime(1100, grace_seconds=60, clock=lambda: 1000).patience == 60
+    assert WallTime(1040, grace_seconds=60, clock=lambda: 1000).patience == 35  # 5 s to say so
+    assert WallTime(990, grace_seconds=60, clock=lambda: 1000).patience < 0
+
+
 def test_the_end_is_the_earlier_of_setting_and_slurm() -> None:
     slurm = {"SLURM_JOB_START_TIME": "1000", "SLURM_JOB_END_TIME": "4600"}
     assert end_of_time(None, {}) is None

@@ -1,0 +1,99 @@
+"""`--tensor-model-parallel-size 2`: options as other frameworks take them, as words of ours.
+
+Imports neither torch nor megatron-core.
+"""
+
+import argparse
+import re
+from collections.abc import Sequence
+
+from launch.near_names import advice_on, closest
+from launch.repeated_words import OF_THE_JOB
+from launch.schema import ADDED, groups, settings
+
+# what Hydra itself takes on the launcher's command line
+HYDRAS_OPTIONS = (
+    *("--help", "--hydra-help", "--version", "--cfg", "--resolve", "--package", "--run"),
+    *("--multirun", "--shell-completion", "--config-path", "--config-name", "--config-dir"),
+    *("--experimental-rerun", "--info"),
+)
+_NUMBER = re.compile(r"-\d[\d.e-]*")
+
+
+def options_of(parser: argparse.ArgumentParser) -> list[str]:
+    return ["--help", *re.findall(r"--[\w-]+", parser.format_usage())]
+
+
+def take_flags(
+    arguments: Sequence[str], options: Sequence[str]
+) -> tuple[list[str], list[tuple[str, str]]]:
+    """The arguments without --NAME [VALUE] of options that there are not, and these.
+
+    A beginning of one of `options` counts as that option, as it does for argparse.
+    """
+    rest: list[str] = []
+    flags: list[tuple[str, str]] = []
+    left = list(arguments)
+    while left:
+        argument = left.pop(0)
+        name, equals, value = argument.partition("=")
+        known = any(option.startswith(name) for option in options)
+        if not name.startswith("--") or known:
+            rest.append(argument)
+            continue
+        if not equals and left and _is_value(left[0]):
+            value = left.pop(0)
+        flags.append((name, value))
+    return rest, flags
+
+
+def _is_value(argument: str) -> bool:
+    if "=" in argument:  # a word of its own
+        return False
+    return not argument.startswith(("-", "+", "~")) or bool(_NUMBER.fullmatch(argument))
+
+
+def words_of_flags(
+    flags: Sequence[tuple[str, str]], options: Sequence[str]
+) -> tuple[list[str], list[str]]:
+    """The words to write instead, where there is no doubt, and for each flag what is wrong."""
+    words, problems = [], []
+    for flag, value in flags:
+        typed = f"{flag} {value}".strip()
+        instead, text = _instead(flag.lstrip("-").lower().replace("-", "_"), value)
+        if not text:
+            near = [f"{option} {value}".strip() for option in closest(flag, options)]
+            hint = f"did you mean {' or '.join(near)}?" if near else "leave it out"
+            text = f"there is no such option; {hint}"
+        words += [instead] if instead else []
+        problems.append(f"{typed}: {text}")
+    return words, problems
+
+
+def _instead(name: str, value: str) -> tuple[str | None, str]:
+    """A word, and the advice; no word where several could be meant, no advice where none."""
+    if name in (*groups(), *OF_THE_JOB):
+        word = f"{'+' if name in ADDED else ''}{name}={value or 'NAME'}"
+        return word if value else None, f"settings are words here; write {word}"
+    off = name.startswith("no_")
+    near, advice = advice_on(name.removeprefix("no_"), value or str(not off), list(settings()))
+    if advice:
+        found = re.search(r"write (\S+=\S+)$", advice)
+        return (found[1] if found and not off else None), advice
+    # likeness alone does not make a flag a setting: --processes is nearly data.something
+    near = [one for one in near if _means(name.removeprefix("no_"), one)]
+    if not near:
+        return None, ""
+    words = [f"{one}={value or _unsaid(one, off)}" for one in near]
+    sure = len(words) == 1 and not words[0].endswith("=VALUE")
+    return words[0] if sure else None, f"settings are words here; write {' or '.join(words)}"
+
+
+def _means(name: str, setting: str) -> bool:
+    aliases, _ = advice_on(name, "", [])
+    return setting in aliases or setting.rpartition(".")[2] == name.rpartition(".")[2]
+
+
+def _unsaid(setting: str, off: bool) -> str:
+    """The value of a flag without one."""
+    return str(not off).lower() if settings()[setting] is bool else "VALUE"
