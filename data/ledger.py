@@ -14,6 +14,7 @@ say from there on.
 import json
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,13 +27,13 @@ class Ledger:
     """Appends to a run's ledger. Only one process of a run may write."""
 
     def __init__(self, run_dir: Path | str):
-        self.path = Path(run_dir) / LEDGER_NAME
-        self._waiting: list[dict[str, Any]] = []
+        self._lines = PatientLines(Path(run_dir) / LEDGER_NAME)
+        self.path = self._lines.path
 
     def write(self, event: str, *, step: int, consumed_sequences: int, **more: Any) -> None:
         """One line, on disk when this returns. `more`: JSON types.
 
-        A full disk does not end the run: the line is written together with the next one.
+        A full disk does not end the run: the line is written together with a later one.
         """
         entry = {
             "event": event,
@@ -41,13 +42,48 @@ class Ledger:
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
             **more,
         }
-        self._waiting.append(entry)
+        self._lines.append(entry)
+
+    def close(self) -> None:
+        """Once more for what a full disk has refused; says so where it is lost."""
+        self._lines.close()
+
+
+class PatientLines:
+    """JSON objects appended to a file, a line each, in order; those that the disk refuses wait in
+    memory for a later call. Any thread may append."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._waiting: list[dict[str, Any]] = []
+        self._lock = threading.Lock()
+
+    def append(self, record: dict[str, Any], about: str = "") -> None:
+        """On disk when this returns, or the refusal is said, and what the line is about."""
+        with self._lock:
+            self._waiting.append(record)
+            if error := self._write():
+                _say(f"could not write {self.path} yet ({error}){about and ': '}{about}")
+
+    def close(self) -> None:
+        """Once more for what waits; says so where it is lost."""
+        with self._lock:
+            if error := self._write():
+                _say(f"WARNING: {self.path}: lines missing: {len(self._waiting)} ({error})")
+            self._waiting = []
+
+    def _write(self) -> OSError | None:
         try:
             while self._waiting:
                 append_line(self.path, self._waiting[0])
                 del self._waiting[0]
         except OSError as error:
-            print(f"could not write {self.path} yet ({error})", file=sys.stderr, flush=True)
+            return error
+        return None
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def append_line(path: Path, record: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ where SLURM is here, asks it for the run's jobs. Exit status: 0, 2 where there i
 
 import argparse
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -27,7 +28,8 @@ from pretrain.run_status import FAILED, FINISHED, STATUS_FILE, STOPPED, read_sta
 METRICS_FILE = "metrics.jsonl"  # pretrain.tracker's, which would take longer to import
 SUBMITTED = Path("slurm", "submitted.jsonl")  # job numbers, one line for each, by launch.slurm
 CHECKPOINTS = "checkpoints"
-# A run renews its status every few seconds; silent for longer, it was killed.
+LOCK = "lock"  # pretrain.run_lock's, whose time stamp a run renews also where the disk is full
+# A run renews its lock and its status every few seconds; both silent for longer, it was killed.
 SILENT_SECONDS = 60.0
 # Enough of a metrics file's end to hold a line of training among long ones of evaluations.
 TAIL_BYTES = 1 << 18
@@ -121,15 +123,30 @@ def _report(run_dir: Path, now: float) -> RunReport:
         restarts=sum(event["kind"] == RESTART for event in events),
         events=events[-SHOWN_EVENTS:],
     )
-    if "heartbeat" in status:
-        report.heartbeat_age_seconds = round(now - status["heartbeat"], 1)
     at_work = bool(status) and report.state not in (FINISHED, STOPPED, FAILED)
-    if at_work and (report.heartbeat_age_seconds or 0.0) > SILENT_SECONDS:
-        report.state = "lost"
-        report.reason = f"killed while {status['state']}: it has said nothing since"
-    elif at_work and report.train_steps is not None:
+    if "heartbeat" in status:
+        written = now - status["heartbeat"]
+        age = min(written, _lock_age(run_dir, now)) if at_work else written
+        report.heartbeat_age_seconds = round(age, 1)
+        if at_work and age > SILENT_SECONDS:
+            report.state = "lost"
+            report.reason = f"killed while {status['state']}: it has said nothing since"
+        elif at_work and written > SILENT_SECONDS:
+            report.reason = (
+                f"alive, but could not write {STATUS_FILE} for {format_duration(written)}: "
+                "is the disk full? step, loss and events may be as old"
+            )
+    if at_work and report.state != "lost" and report.train_steps is not None:
         report.remaining_seconds = remaining_seconds(record, report.train_steps)
     return report
+
+
+def _lock_age(run_dir: Path, now: float) -> float:
+    """Seconds since whoever holds the run folder renewed its lock; infinite where nobody does."""
+    try:
+        return now - (run_dir / LOCK).stat().st_mtime
+    except OSError:
+        return math.inf
 
 
 def last_training_record(run_dir: Path) -> dict[str, Any]:

@@ -6,6 +6,8 @@ What fails for want of space is tried again; see `_retry_after`. docs/checkpoint
 
 from __future__ import annotations
 
+import functools
+import itertools
 import shutil
 import time
 from collections.abc import Callable
@@ -36,7 +38,8 @@ from pretrain.run_identity import (
 )
 from pretrain.train_state import TrainState
 
-# Seconds before each further attempt of the save that ends a run.
+# Seconds before each further attempt of the save that ends a run; the last one again and again, as
+# long as `Checkpoints.patience` allows.
 FINAL_SAVE_PAUSES = (2.0, 10.0)
 # Seconds a failing run gives the save in flight to get published.
 _FAREWELL_SECONDS = 5.0
@@ -56,7 +59,8 @@ class Checkpoints:
         notify: told what a person should know; called on every rank.
 
     `may_publish`, asked on rank 0 before anything in `folder` is published or removed, says whether
-    the run still holds it; may be set from outside.
+    the run still holds it; `patience`, asked there when the last save begins, for how many seconds
+    it is tried again, beyond FINAL_SAVE_PAUSES. Both may be set from outside.
     """
 
     def __init__(
@@ -71,6 +75,7 @@ class Checkpoints:
         self.identity = identity
         self.notify = notify
         self.may_publish: Callable[[], bool] = lambda: True
+        self.patience: Callable[[], float] = lambda: 0.0
         self.retention = Retention(folder, config)
         self._memory = HostMemory()
         self._plans = Plans()
@@ -115,21 +120,26 @@ class Checkpoints:
         """Save the step a run ends with, before this returns. All ranks must call it.
 
         Raises:
-            CheckpointError: on every rank alike, when it failed once more after FINAL_SAVE_PAUSES.
+            CheckpointError: on every rank alike, when it still failed after FINAL_SAVE_PAUSES and
+                `patience`.
         """
         self.wait(state.step)
         self._ending = True
-        for pause in (*FINAL_SAVE_PAUSES, None):
+        begin, deadline = time.monotonic(), time.monotonic() + self.patience()
+        for attempt in itertools.count(1):
             # On CUDA the state is copied in any case: to the memory there is, not to a second one.
             memory = self._memory if self._memory.bytes else None
             failure = self._start(engine, state, memory) or self.wait(state.step)
             if failure is None:
                 return
-            if pause is None:
+            pause = FINAL_SAVE_PAUSES[min(attempt, len(FINAL_SAVE_PAUSES)) - 1]
+            if attempt > len(FINAL_SAVE_PAUSES) and not checkpoint_io.on_rank_zero(
+                functools.partial(_in_time, pause, deadline), "look at the clock"
+            ):
                 raise CheckpointError(
-                    f"step {state.step}, at which this run ends, is not saved, after "
-                    f"{len(FINAL_SAVE_PAUSES) + 1} attempts. {failure}\n{self._newest()} Make room "
-                    "or bring the folder back; the same command then goes on from there."
+                    f"step {state.step}, at which this run ends, is not saved, after {attempt} "
+                    f"attempts in {time.monotonic() - begin:.0f} s. {failure}\n{self._newest()} "
+                    "Make room or bring the folder back; the same command then goes on from there."
                 )
             self.notify("save_failed", state.step, f"trying again in {pause:g} s")
             time.sleep(pause)
@@ -419,6 +429,10 @@ def _format(path: Path) -> int | None:
         )
     except CheckpointError:
         return None
+
+
+def _in_time(seconds: float, deadline: float) -> bool:
+    return time.monotonic() + seconds <= deadline
 
 
 def _on_any_rank(mine: bool) -> bool:

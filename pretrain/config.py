@@ -166,7 +166,8 @@ class FaultToleranceConfig:
     # When the allocation ends, "[D-]HH:MM:SS" or minutes from the start of the job or the run; the
     # run saves and stops before. None: when SLURM says, if it does.
     walltime: str | None = None
-    # seconds kept free before that end besides what a step and a save were measured to take
+    # seconds kept free before that end besides what a step and a save were measured to take; the
+    # save that ends a run is tried again for as long, where the end leaves it
     grace_seconds: float = 60.0
 
     def __post_init__(self) -> None:

@@ -7,16 +7,17 @@ restart, a preemption. One JSON object a line:
 
 "time" is in Unix seconds; "step" counts finished optimizer steps. Unlike metrics, events are a
 history: a resume from an older step drops none of them, so steps may go backwards in file order.
+What a full disk refuses waits in memory for the next event, or the end of the run.
 Imports neither torch nor megatron-core.
 """
 
 import json
-import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from data.ledger import append_line
+from data.ledger import PatientLines
 
 EVENTS_FILE = "events.jsonl"
 
@@ -30,11 +31,13 @@ class Events:
     """
 
     def __init__(self, run_dir: str | Path, enabled: bool) -> None:
-        self.path = Path(run_dir) / EVENTS_FILE
+        self._lines = PatientLines(Path(run_dir) / EVENTS_FILE)
+        self.path = self._lines.path
         self.enabled = enabled
 
     def write(self, kind: str, step: int, text: str, **more: Any) -> None:
-        """One line, on disk when this returns; a full disk costs the event, not the run.
+        """One line, on disk when this returns. A full disk does not end the run: the line is
+        written, with the time of its event, together with a later one.
 
         Args:
             kind: one word to filter by, such as "save_failed".
@@ -44,11 +47,13 @@ class Events:
         if not self.enabled:
             return
         record = {"time": round(time.time(), 3), "kind": kind, "step": step, "text": text, **more}
-        try:
+        with suppress(OSError):  # appending says so
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            append_line(self.path, record)
-        except OSError as error:
-            print(f"could not write {self.path} ({error}): {text}", file=sys.stderr, flush=True)
+        self._lines.append(record, about=text)
+
+    def close(self) -> None:
+        """Once more for what a full disk has refused; says so where it is lost."""
+        self._lines.close()
 
 
 def read_events(run_dir: str | Path) -> list[dict[str, Any]]:

@@ -149,7 +149,7 @@ def train(config: PretrainConfig, runtime: Runtime, stop: StopSignal, status: Ru
     )
     checkpoints.notify = notice(events, progress.message)
     walltime = wall_time(config, runtime)
-    pass
+    checkpoints.patience = lambda: walltime.patience
     loop = TrainLoop(
         config=config,
         engine=engine,

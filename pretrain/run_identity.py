@@ -36,7 +36,7 @@ def identity(
     return {
         "model": model_identity(config.model, vocab_size),
         "data": data_fingerprint,
-        "train": {},
+        "train": {"seed": config.train.seed},
     }
 
 

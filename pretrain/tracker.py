@@ -11,8 +11,9 @@ import netrc
 import os
 import secrets
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
@@ -25,6 +26,8 @@ from pretrain.provenance import atomic_write_text, hide_secret_values, without_s
 METRICS_FILE = "metrics.jsonl"
 WANDB_RUN_ID_FILE = "wandb_run_id"
 TENSORBOARD_FOLDER = "tensorboard"
+# wandb's process may write the end of its file a moment after it was told to finish.
+WANDB_WRITING_SECONDS = 5.0
 
 
 class Tracker(Protocol):
@@ -86,15 +89,18 @@ class StepLines:
 
     def write(self, record: Mapping[str, Any]) -> None:
         self._waiting += (json.dumps(record) + "\n").encode()
+        error = self._write()
+        if error and not self._failing:
+            _warn(f"could not write {self.path} ({error}); its lines wait in memory")
+        self._failing = error is not None
+
+    def _write(self) -> OSError | None:
         try:
             while self._waiting:  # a disk that fills up takes a part
                 self._waiting = self._waiting[self._file.write(self._waiting) :]
         except OSError as error:
-            if not self._failing:
-                _warn(f"could not write {self.path} ({error}); its lines wait in memory")
-            self._failing = True
-            return
-        self._failing = False
+            return error
+        return None
 
     def reopened(self, step: int) -> "StepLines":
         """The file without the lines after `step`, of a run that goes on from there."""
@@ -102,9 +108,9 @@ class StepLines:
         return StepLines(self.path, step)
 
     def close(self) -> None:
-        if self._waiting and not self._file.closed:
-            with contextlib.suppress(OSError):
-                self._file.write(self._waiting)
+        if not self._file.closed and (error := self._write()):
+            count = self._waiting.count(b"\n")
+            _warn(f"{self.path}: lines missing at its end: {count} ({error})")
         self._waiting = b""
         self._file.close()
 
@@ -182,7 +188,8 @@ class WandbTracker:
 
     No failure of W&B ends the run or interrupts it twice: online falls back to offline, and what
     fails after that is reported once, loudly, and W&B is left alone from then on. metrics.jsonl
-    has every number anyway.
+    has every number anyway. Of a disk that fills up wandb itself says nothing and its file ends
+    there, even if there is room again later (an upload goes on): `close` looks, and says so.
 
     wandb starts two service processes: use it on one rank. Sent besides metrics: the configuration
     without secrets, host name, package versions, the machine's load. Not sent: code, git state,
@@ -207,6 +214,7 @@ class WandbTracker:
     ) -> None:
         self._run: Any = None
         self._warn = warn
+        self._logged_step = -1  # the last one that wandb took
         run_dir = Path(run_dir)
         try:
             earlier = _earlier_starts(run_dir)
@@ -307,6 +315,7 @@ class WandbTracker:
         self._next_step = step  # more of the same step may follow, and a rollback may not
         try:
             self._run.log({"step": step, **values()}, step=step)
+            self._logged_step = step
         except Exception as error:
             self._give_up("failed", error)
 
@@ -314,10 +323,28 @@ class WandbTracker:
         if self._run is None:
             return
         try:
+            file = Path(self._run.settings.sync_file) if self._run.offline else None
             self._run.finish(exit_code=1 if failed else 0)
             self._run = None
+            if file is not None:
+                self._look_at(file)
         except Exception as error:
             self._give_up("could not finish", error)
+
+    def _look_at(self, file: Path) -> None:
+        """Whether the file of an offline start, now closed, ends with the last step given to it."""
+        deadline = time.monotonic() + WANDB_WRITING_SECONDS
+        while (kept := _kept_step(file)) < self._logged_step and time.monotonic() < deadline:
+            time.sleep(0.1)
+        if kept < self._logged_step:
+            ends = f"ends with step {kept}" if kept >= 0 else "has no step"
+            self._warn(
+                f"Weights & Biases: {file.parent} {ends}, and the run got to step "
+                f"{self._logged_step}: wandb could not write it, because the disk was full perhaps "
+                "(logs/debug-internal.log there says why). Once there is room, start the same "
+                f"command again: it makes up what is missing from {METRICS_FILE}, also of a run "
+                "that has ended"
+            )
 
     def _give_up(self, what: str, error: Exception) -> None:
         self._run = None
@@ -347,6 +374,12 @@ def _earlier_starts(run_dir: Path) -> dict[Path, int]:
     return found
 
 
+def _kept_step(file: Path) -> int:
+    """The last step in a .wandb file, -1 without any."""
+    step = wandb_file.last_step(file) if file.exists() else None
+    return -1 if step is None else step
+
+
 def _is_waiting(file: Path) -> bool:
     """Whether the .wandb file of an offline start is still to be uploaded."""
     offline = file.parent.name.startswith("offline-run-")
@@ -372,43 +405,61 @@ class TensorboardTracker:
 
     A start tells TensorBoard to drop the steps it is about to repeat. Events are written by a
     thread every 30 s: killing the process loses the last of them, and metrics.jsonl has them.
-    A value that is not finite is left out. A disk that is full ends this, not the run. Needs the
-    package tensorboard.
+    A value that is not finite is left out. A disk that is full ends this, with a warning, and not
+    the run. Needs the package tensorboard.
     """
 
     def __init__(self, run_dir: str | Path, resumed_step: int | None = None) -> None:
         self._folder = Path(run_dir) / TENSORBOARD_FOLDER
-        self._writer = _summary_writer(self._folder, resumed_step)
+        threading.excepthook = _silent_about_tensorboard(threading.excepthook)
+        self._open(resumed_step)
+
+    def _open(self, resumed_step: int | None) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer: Any = None
+        purge_step = 0 if resumed_step is None else resumed_step + 1
+        with self._leaving_the_run_alone():
+            self._writer = SummaryWriter(str(self._folder), purge_step=purge_step, flush_secs=30)
+
+    @contextlib.contextmanager
+    def _leaving_the_run_alone(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:  # its own, or what the thread met when it wrote
+            self._writer = None
+            _warn(f"TensorBoard's files cannot be written ({error}); the run goes on without them")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         if self._writer is None:
             return
-        try:
+        with self._leaving_the_run_alone():
             for name, value in metrics.items():
                 if math.isfinite(value):
                     self._writer.add_scalar(name, value, step)
-        except OSError as error:  # what the thread met when it wrote
-            self._writer = None
-            _warn(f"TensorBoard's files cannot be written ({error}); the run goes on without them")
 
     def log_table(self, step: int, name: str, columns: list[str], rows: list[list[Any]]) -> None:
         pass
 
     def go_back(self, step: int) -> None:
         self.close()
-        self._writer = _summary_writer(self._folder, step)
+        self._open(step)
 
     def close(self, failed: bool = False) -> None:
         if self._writer is not None:
-            with contextlib.suppress(OSError):
+            with self._leaving_the_run_alone():
                 self._writer.close()
 
 
-def _summary_writer(folder: Path, resumed_step: int | None) -> Any:
-    from torch.utils.tensorboard import SummaryWriter
+def _silent_about_tensorboard(hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """What TensorBoard's thread meets it hands to whoever writes next, who says so: Python need not
+    print its traceback besides."""
 
-    purge_step = 0 if resumed_step is None else resumed_step + 1
-    return SummaryWriter(str(folder), purge_step=purge_step, flush_secs=30)
+    def without(arguments: Any) -> None:
+        if not type(arguments.thread).__module__.startswith("tensorboard."):
+            hook(arguments)
+
+    return without
 
 
 class _Trackers:

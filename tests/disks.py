@@ -30,6 +30,15 @@ def mount(*arguments: str) -> None:
         pytest.skip(f"cannot mount here: {done.stderr.strip()}")
 
 
+def fill(disk: Path) -> Path:
+    """The file in which the rest of a `small_disk` now is."""
+    filler = disk / "filler"
+    with contextlib.suppress(OSError), open(filler, "wb", buffering=0) as file:
+        while file.write(b"x" * 1000):
+            pass
+    return filler
+
+
 def read_only(folder: Path) -> None:
     """Of a `small_disk`; root may write where permissions forbid it, but not there."""
     mount("-o", "remount,ro", str(folder))

@@ -7,11 +7,14 @@ from typing import Any
 
 import pytest
 
+import launch.status
 from launch.status import SILENT_SECONDS, TAIL_BYTES, last_training_record, main
+from pretrain import run_lock
 from pretrain.events import Events
 from pretrain.run_lock import RunLock
 from pretrain.run_status import RunStatus
 from pretrain.tracker import MetricsFile
+from tests.disks import fill, small_disk
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -83,6 +86,26 @@ def test_a_run_that_was_killed(tmp_path: Path, capsys: pytest.CaptureFixture[str
     change_status(folder, state="stopped", reason="SIGUSR1")  # which may be as old as it likes
     (report,) = status_of(folder, capsys)
     assert (report["state"], report["reason"]) == ("stopped", "SIGUSR1")
+
+
+def test_a_run_whose_disk_is_full_is_not_lost(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_lock, "HEARTBEAT_SECONDS", 0.05)
+    monkeypatch.setattr(launch.status, "SILENT_SECONDS", 0.5)
+    with small_disk(tmp_path / "disk", "64k") as disk, RunLock(disk / "a") as lock:
+        status = RunStatus(disk / "a", lock)
+        status.starting(step=0, train_steps=100, world_size=1)
+        status.running(40)
+        fill(disk)
+        time.sleep(0.8)
+        (report,) = status_of(disk / "a", capsys)
+        assert report["state"] == "running" and report["heartbeat_age_seconds"] < 0.5
+        assert "could not write status.json for 0:01: is the disk full?" in report["reason"]
+        (disk / "filler").unlink()
+        time.sleep(0.3)
+        (report,) = status_of(disk / "a", capsys)
+        assert (report["state"], report["reason"]) == ("running", "")
 
 
 def test_a_folder_of_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

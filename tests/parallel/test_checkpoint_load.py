@@ -81,6 +81,37 @@ def test_the_checksum_is_of_what_was_loaded_and_costs_no_second_reading(tmp_path
     assert len(wrong) == 1 and wrong[0].startswith("__0_0.distcp has checksum ")
 
 
+def load_others(folder: Path) -> str:
+    """The error of a load that wants more, less and other than is stored."""
+    tensors = {"w": W, "gone": W, "moved": W}
+    checkpoint_io.save(entire(tensors), folder, metadata={})
+    wanted = {"w": torch.zeros_like(W), "new": W.clone(), "moved": torch.zeros(2, 3)}
+    with pytest.raises(CheckpointError) as refused:
+        checkpoint_io.load(entire(wanted), folder)
+    assert not wanted["w"].any()
+    return str(refused.value)
+
+
+def entire(tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    rank = dist.get_rank()
+    return {
+        name: ShardedTensor.from_rank_offsets(name, tensor, replica_id=rank)
+        for name, tensor in tensors.items()
+    }
+
+
+def test_tensors_that_do_not_fit_are_named_on_all_ranks(tmp_path: Path) -> None:
+    folder = tmp_path / "c"
+    expected = (
+        f"{folder} does not hold the tensors of this run:\n"
+        "  wanted and not stored (1): new\n"
+        "  stored and not wanted (1): gone\n"
+        "  of another shape (1): moved [256, 1024] stored, [2, 3] wanted\n"
+        "Use the settings it was saved with: the model, and what of it is trained."
+    )
+    assert run_on_gloo(2, load_others, folder) == [expected] * 2
+
+
 def load_in_parts(folder: Path, axis: int) -> tuple[int, bool]:
     """Bytes read for both halves of a tensor, each wanted by itself."""
     save(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import time
@@ -361,16 +362,22 @@ def test_failures_in_a_row_are_tried_again_ever_later() -> None:
     assert steps == [10, 20, 40, 80, 100, 100]
 
 
-def last_save(folder: Path, free: str, pauses: tuple[float, ...]) -> tuple[str, Notices]:
-    """The error of the save that ends a run on a read-only disk, which a person may repair."""
+def last_save(
+    folder: Path, free: str, pauses: tuple[float, ...], patience: float = 0.0, after: int = 1
+) -> tuple[str, Notices]:
+    """The error of the save that ends a run on a read-only disk, which a person may repair when
+    it is tried again for the time `after`."""
     checkpoint.FINAL_SAVE_PAUSES = pauses  # type: ignore[assignment]
     runtime, machine = engine(seed=7)
     notices: Notices = []
     checkpoints = opened(folder, CheckpointConfig(save_interval=0), notices)
+    # as in a run, only rank 0 knows the walltime
+    checkpoints.patience = lambda: patience if dist.get_rank() == 0 else math.inf
 
     def notify(kind: str, step: int, text: str) -> None:
         notices.append((kind, step, text))
-        if free and "trying again" in text and dist.get_rank() == 0:
+        tried = sum("trying again" in told for _, _, told in notices)
+        if free and tried == after and dist.get_rank() == 0:
             writable(Path(free))
 
     checkpoints.notify = notify
@@ -394,6 +401,20 @@ def test_the_last_save_is_tried_again_and_then_ends_the_run_with_an_error(tmp_pa
         for error, notices in run_on_gloo(2, last_save, disk / "c", str(disk), (0.01, 0.02)):
             assert error == ""
             assert [kind for kind, _, _ in notices][-2:] == ["save_recovered", "saved"]
+
+
+def test_the_last_save_is_tried_again_for_as_long_as_there_is_time(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", "8m") as disk:
+        read_only(disk)
+        pauses = (0.01, 0.1)
+        for error, notices in run_on_gloo(2, last_save, disk / "c", "", pauses, 0.5):
+            again = [text for _, _, text in notices if text.startswith("trying again in 0.1 s")]
+            assert 2 <= len(again) <= 5
+            assert f"is not saved, after {len(again) + 2} attempts in 0 s" in error
+        for error, notices in run_on_gloo(2, last_save, disk / "c", str(disk), pauses, 30.0, 6):
+            assert error == ""
+            assert [kind for kind, _, _ in notices][-2:] == ["save_recovered", "saved"]
+            assert [kind for kind, _, _ in notices].count("save_failed") == 12
 
 
 def save_behind_the_training(folder: Path) -> tuple[list[bool], bool, list[str]]:

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.events import Events, read_events
+from tests.disks import fill, small_disk
 
 
 def test_events_are_appended_and_read_back(tmp_path: Path) -> None:
@@ -38,7 +39,38 @@ def test_a_line_cut_off_spoils_no_other(tmp_path: Path) -> None:
     assert json.loads(events.path.read_text().split("\n")[2])["kind"] == "c"
 
 
-def test_what_cannot_be_written_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "file").write_text("")
-    Events(tmp_path / "file", enabled=True).write("save_failed", 3, "the disk is full")
+def test_a_full_disk_costs_no_event(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with small_disk(tmp_path / "disk", "64k") as disk:
+        events = Events(disk, enabled=True)
+        events.write("resume", 2, "from 2")
+        filler = fill(disk)
+        for step in range(3, 20):
+            events.write("save_failed", step, f"no room at step {step} " + "x" * 500)
+        said = capsys.readouterr().err
+        assert (
+            "could not write" in said and "No space left" in said and "no room at step 19" in said
+        )
+        filler.unlink()
+        events.write("save_recovered", 20, "saving works again")
+        assert [event["step"] for event in read_events(disk)] == list(range(2, 21))
+
+
+def test_events_that_wait_are_written_at_the_end_or_said_to_be_lost(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run").write_text("")  # no folder can be made there
+    events = Events(tmp_path / "run", enabled=True)
+    events.write("save_failed", 3, "the disk is full")
     assert "the disk is full" in capsys.readouterr().err
+    (tmp_path / "run").unlink()
+    (tmp_path / "run").mkdir()
+    events.close()
+    assert [event["step"] for event in read_events(tmp_path / "run")] == [3]
+    (tmp_path / "run" / "events.jsonl").unlink()
+    (tmp_path / "run").rmdir()
+    (tmp_path / "run").write_text("")
+    events.write("stop", 4, "stopped by SIGINT")
+    events.close()
+    assert "WARNING" in (told := capsys.readouterr().err) and "lines missing: 1 (" in told
+    events.close()
+    assert capsys.readouterr().err == ""

@@ -24,6 +24,7 @@ import pytest
 from pretrain.events import read_events
 from pretrain.run_status import read_status
 from pretrain.tracker import read_metrics
+from tests.disks import fill, small_disk
 from tests.pretrain.forked_run import ForkedRun, launcher
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -128,6 +129,69 @@ def test_kill_during_a_save_never_looks_complete(start: Start, whole: Path, tmp_
     assert len(list((tmp_path / "run").glob("run*.json"))) == 2
     (resumed,) = [e["step"] for e in read_events(tmp_path / "run") if e["kind"] == "resume"]
     assert 2 <= resumed <= 4
+
+
+def test_a_resume_with_another_seed_and_tokenizer_is_refused_by_name(
+    start: Start, whole: Path, tmp_path: Path
+) -> None:
+    tokenizer = json.loads((ROOT / "data" / "demo" / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    one, two = list(vocabulary)[-2:]  # of as many ids, two of which mean something else
+    vocabulary[one], vocabulary[two] = vocabulary[two], vocabulary[one]
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(tokenizer))
+    before = {path: path.stat().st_mtime for path in whole.rglob("*")}
+    settings = ("train.train_steps=9", "train.seed=7", f"data.tokenizer={other}")
+    run = start(1, *settings, run_dir=whole)
+    (code,) = run.wait()
+    said = run.output()
+    assert code not in (0, os.EX_TEMPFAIL) and "Traceback" not in said, said
+    assert "step_00000008 was saved by another run; it differs in\n" in said
+    assert "  train.seed: 1234 saved, 7 now\n" in said
+    assert re.search(r"\n  data: tokenizer: was \w{64}, is \w{64}\n", said), said
+    assert "Use the saved settings, or another run_dir to start a new run" in said
+    assert {path: path.stat().st_mtime for path in whole.rglob("*")} == before
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_outlasted(start: Start, tmp_path: Path) -> None:
+    """The disk is full from step 2 to beyond the last one: the run waits with its last save, longer
+    than the pauses everybody gets, and then lacks nothing."""
+    with small_disk(tmp_path / "disk", "4m") as disk:
+        run_dir = disk / "run"
+        words = ("fault_tolerance.grace_seconds=60", "tensorboard.enabled=true")
+        run = start(1, "train.train_steps=40", *words, run_dir=run_dir)
+        wait_for_step(run_dir, 2, lambda: not run.poll())
+        filler = fill(disk)
+        deadline = time.monotonic() + 120
+        while run.output().count("trying again in") < 5:  # for the third time: events say it, too
+            assert time.monotonic() < deadline and not run.poll(), run.output()
+            time.sleep(0.1)
+        filler.unlink()
+        said = finish(run)
+        assert "Traceback" not in said
+        assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step_00000040"]
+        assert list(losses(run_dir)) == list(range(1, 41))
+        kinds = [event["kind"] for event in read_events(run_dir)]
+        assert kinds == ["save_failed"] * 6 + ["save_recovered"]
+        assert (read_status(run_dir) or {})["state"] == "finished"
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_ends_the_waiting_for_a_full_disk(start: Start, tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", "4m") as disk:
+        run = start(1, "train.train_steps=100000", run_dir=disk / "run")
+        wait_for_step(disk / "run", 2, lambda: not run.poll())
+        fill(disk)
+        run.signal(signal.SIGINT)
+        deadline = time.monotonic() + 60
+        while "trying again in 10 s" not in run.output():
+            assert time.monotonic() < deadline and not run.poll(), run.output()
+            time.sleep(0.1)
+        begin = time.monotonic()
+        run.signal(signal.SIGINT)
+        assert run.wait() == [128 + signal.SIGINT]
+        assert time.monotonic() - begin < 8
 
 
 def left_behind(sessions: list[int]) -> list[str]:

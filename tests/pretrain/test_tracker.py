@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import textwrap
-from contextlib import suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from pretrain.tracker import (
     read_metrics,
     resolve_wandb_mode,
 )
-from tests.disks import small_disk
+from tests.disks import fill, small_disk
 from tests.parity import MODEL
 from tests.pretrain.wandb_server import HANG, wandb_server
 
@@ -393,10 +393,7 @@ def test_lines_wait_for_a_full_disk(tmp_path: Path, capsys: pytest.CaptureFixtur
     with small_disk(tmp_path / "disk", "64k") as disk:
         lines = StepLines(disk / "lines.jsonl")
         lines.write({"step": 1})
-        filler = disk / "filler"
-        with suppress(OSError), open(filler, "wb", buffering=0) as file:
-            while file.write(b"x" * 1000):
-                pass
+        filler = fill(disk)
         for step in range(2, 9):
             lines.write({"step": step, "text": "long" * 500})
         assert capsys.readouterr().err.count("its lines wait in memory") == 1
@@ -407,13 +404,102 @@ def test_lines_wait_for_a_full_disk(tmp_path: Path, capsys: pytest.CaptureFixtur
         assert [record["step"] for record in written] == list(range(1, 10))
 
 
-def test_a_disk_that_stays_full_is_no_error_at_the_end(tmp_path: Path) -> None:
+def test_a_disk_that_stays_full_is_no_error_at_the_end(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with small_disk(tmp_path / "disk", "64k") as disk:
         lines = StepLines(disk / "lines.jsonl")
-        with suppress(OSError):
-            (disk / "filler").write_bytes(b"x" * 100_000)
+        fill(disk)
         lines.write({"step": 1})
+        lines.write({"step": 2})
         lines.close()
+        assert "lines.jsonl: lines missing at its end: 2 ([Errno 28]" in capsys.readouterr().err
+
+
+def run_wandb_over_a_full_disk(disk: Path) -> subprocess.CompletedProcess[str]:
+    """401 steps, with no room from the sixth on."""
+    full = textwrap.dedent("""
+        if step == 5:
+            import pathlib
+            import pretrain.tracker
+            from tests.disks import fill
+            fill(pathlib.Path(sys.argv[1]))
+            pretrain.tracker.WANDB_WRITING_SECONDS = 1.0
+    """)
+    return run_wandb(disk / "run", 0, 400, each_step=f"exec({full!r})", arguments=(str(disk),))
+
+
+def test_wandb_over_a_full_disk_is_told(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", "1m") as disk:
+        done = run_wandb_over_a_full_disk(disk)
+        (folder,) = (disk / "run" / "wandb").glob("offline-run-*")
+    assert done.stderr.count(f"Weights & Biases: {folder} ") == 1, done.stderr
+    assert "and the run got to step 400" in done.stderr
+    assert "start the same command again" in done.stderr
+
+
+@pytest.mark.slow
+def test_what_wandb_lost_to_a_full_disk_is_made_up_by_the_same_command(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", "1m") as disk:
+        run_dir = disk / "run"
+        run_wandb_over_a_full_disk(disk)
+        (disk / "filler").unlink()
+        metrics = MetricsFile(run_dir, resumed_step=400)  # as if its lines had waited for room
+        for step in range(steps(run_dir)[-1] + 1, 401):
+            metrics.log(step, {"train/loss": 10.0 / (step + 1)})
+        metrics.close()
+        again = run_wandb(run_dir, 401, 400, resumed_step=400)
+        assert again.stderr == ""
+        rows = [
+            row["item"]["_step"]
+            for folder in sorted((run_dir / "wandb").glob("offline-run-*"))
+            for row in of_type("history", records(folder))
+        ]
+        assert rows == list(range(401))
+
+
+def test_tensorboard_over_a_full_disk_is_told_once(tmp_path: Path) -> None:
+    """In a process of its own, as in life: pytest catches what threads print."""
+    pytest.importorskip("tensorboard")
+    code = textwrap.dedent("""
+        import sys, time
+        from pathlib import Path
+        from pretrain.tracker import TensorboardTracker
+        from tests.disks import fill
+        for when in ("start", "way", "end"):
+            disk = Path(sys.argv[1], when)
+            if when == "start":
+                fill(disk)
+            tracker = TensorboardTracker(disk)
+            fill(disk)
+            for step in range(1 if when == "end" else 60):
+                tracker.log(step, {f"train/{name}": 1.0 for name in range(99)})
+                if when == "way":
+                    time.sleep(0.005)
+            tracker.close()
+            tracker.close()
+            print(f"{when} is over", file=sys.stderr)
+    """)
+    with ExitStack() as disks:
+        for when in ("start", "way", "end"):
+            disks.enter_context(small_disk(tmp_path / when, "256k"))
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path)],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    told = [line for line in done.stderr.splitlines() if line]
+    warning = "WARNING: TensorBoard's files cannot be written ([Errno 28] No space left on device)"
+    assert [line[: len(warning)] for line in told] == [
+        warning,
+        "start is over",
+        warning,
+        "way is over",
+        warning,
+        "end is over",
+    ]
 
 
 def test_all_trackers_are_closed(tmp_path: Path) -> None:
