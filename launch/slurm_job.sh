@@ -97,6 +97,7 @@ export SLURM_JOB_END_TIME=$JOB_END HEAD PORT
 LOGS="$RUN_DIR/logs/slurm-$SLURM_JOB_ID-node*.log"
 FAILURES=$RUN_DIR/slurm/failures
 checkpoint=$(newest_checkpoint)
+BEGAN=$(date +%s)
 stop=
 say "$SLURM_JOB_NUM_NODES nodes ($SLURM_JOB_NODELIST), $HEAD:$PORT; from ${checkpoint:-the start}"
 
@@ -111,11 +112,15 @@ wait "$step"
 code=$?
 
 say "training ended with status $code; the run is $(status state) at step $(status step)"
+# torchrun, which a preempting SLURM sends SIGTERM as well, leaves with an error after a clean stop;
+# but a start that failed may have left the word of the one before it
+since=$(status time)
+since=${since:-0}
+if [ "$(status state)" = stopped ] && ((code == 0 || ${since%.*} >= BEGAN)); then
+  start_again "stopped before its last step" 75 # EX_TEMPFAIL
+fi
 if ((code != 0)); then
   start_again "failed (the why is in $LOGS)" "$code"
-fi
-if [ "$(status state)" = stopped ]; then
-  start_again "stopped before its last step" 75 # EX_TEMPFAIL
 fi
 rm -f "$FAILURES"
 exit 0

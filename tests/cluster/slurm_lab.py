@@ -81,15 +81,24 @@ class SlurmLab:
         nodes: n1, n2, ..., all in the partition "main".
         cpus_per_node: that SLURM believes each to have.
         node_timeout: seconds after which a silent node is down.
+        grace_time: with a second partition "urgent", whose jobs take the nodes from those in "main"
+            so many seconds after telling them, and send these back into the queue.
     """
 
-    def __init__(self, nodes: int = 2, cpus_per_node: int = 2, node_timeout: int = 300) -> None:
+    def __init__(
+        self,
+        nodes: int = 2,
+        cpus_per_node: int = 2,
+        node_timeout: int = 300,
+        grace_time: int | None = None,
+    ) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="slurm-lab-"))
         self.nodes = [f"n{number}" for number in range(1, nodes + 1)]
         self.conf = self.folder / "slurm.conf"
         self.environment = os.environ | {"SLURM_CONF": str(self.conf)}
         self._cpus = cpus_per_node
         self._node_timeout = node_timeout
+        self._grace_time = grace_time
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
 
     def __enter__(self) -> "SlurmLab":
@@ -189,7 +198,12 @@ class SlurmLab:
             f" CPUs={self._cpus} RealMemory=4000 Gres=gpu:{GPUS} State=UNKNOWN"
             for node, port in zip(self.nodes, ports, strict=True)
         ]
-        lines.append(f"PartitionName={PARTITION} Nodes=ALL Default=YES MaxTime=2-00:00:00 State=UP")
+        main = f"PartitionName={PARTITION} Nodes=ALL Default=YES MaxTime=2-00:00:00 State=UP"
+        if self._grace_time is not None:
+            main += f" PriorityTier=1 PreemptMode=REQUEUE GraceTime={self._grace_time}"
+            lines += ["PreemptType=preempt/partition_prio", "PreemptMode=REQUEUE"]
+            lines.append("PartitionName=urgent Nodes=ALL State=UP PriorityTier=9 PreemptMode=OFF")
+        lines.append(main)
         text = CONFIGURATION.format(
             folder=self.folder, host=host, port=controller, node_timeout=self._node_timeout
         )

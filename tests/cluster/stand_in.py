@@ -1,7 +1,8 @@
 """Stands in for Python in a job (cluster.python), and trains nothing: a start takes 0.2 s.
 
 What is under test is launch/slurm_job.sh on a real SLURM. The agent does with its worker what
-torchrun does: a session of its own, its exit status, no word about USR1. The worker counts steps
+torchrun does: a session of its own, its exit status, TERM passed on and an exit status of 1 after
+it, no word about USR1. The worker counts steps
 and leaves behind what a run does, through the run's own RunLock and RunStatus.
 
 Environment: HOLD_AT=STEP, to wait there for USR1 at the first start; FAIL_AT=STEP, to fail there on
@@ -27,12 +28,22 @@ FAILS = int(os.environ.get("FAIL_AT", "-1")) if FIRST_START or "FAIL_ONCE" not i
 
 
 def agent(words: list[str]) -> int:
-    return subprocess.call([sys.executable, __file__, *words], start_new_session=True)
+    worker = subprocess.Popen([sys.executable, __file__, *words], start_new_session=True)
+    told: list[int] = []
+
+    def pass_on(number: int, frame: object) -> None:
+        told.append(number)
+        worker.terminate()
+
+    signal.signal(signal.SIGTERM, pass_on)
+    code = worker.wait()
+    return 1 if told else code
 
 
 def worker(words: list[str]) -> int:
     stopped: list[int] = []
-    signal.signal(signal.SIGUSR1, lambda number, frame: stopped.append(number))
+    for sent in (signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(sent, lambda number, frame: stopped.append(number))
     settings = dict(word.split("=", 1) for word in words if "=" in word)
     run_dir, steps = Path(settings["run_dir"]), int(settings["train.train_steps"])
     if os.environ["SLURM_NODEID"] != "0":
@@ -79,5 +90,6 @@ if __name__ == "__main__":
     if sys.argv[1] == "-m":
         sys.exit(agent(sys.argv[2:]))
     code = worker(sys.argv[1:])
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # as StopSignal leaves it; it may come again
     sys.exit(code)

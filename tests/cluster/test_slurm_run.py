@@ -235,6 +235,27 @@ def test_slurm_understands_every_line(
     assert seen["Dependency"].startswith("singleton")
 
 
+def test_preempted_it_saves_and_goes_on(
+    stand_in: list[str], tmp_path: Path, environment: pytest.MonkeyPatch
+) -> None:
+    """A job of higher priority takes the nodes: SLURM sends TERM, and then the job to the queue."""
+    with SlurmLab(grace_time=60) as lab, environment.context() as patch:
+        patch.setenv("SLURM_CONF", str(lab.conf))
+        run = Run(lab, tmp_path / "run")
+        (job,) = run.submit(*stand_in, "cluster.environment.HOLD_AT=7")
+        run.wait_for_step(7)
+        urgent = lab.run(
+            *("sbatch", "--parsable", "--partition=urgent", "--nodes=2", "--exclusive"),
+            *("--output=/dev/null", "--wrap=sleep 1"),
+        )
+        assert run.wait_for_end(urgent) == "COMPLETED"
+        assert run.wait_for_end(job) == "COMPLETED"
+        assert lab.job(job)["Restarts"] == "1"
+        assert run.steps() == {"0": [*range(1, 8)], "1": [*range(8, 41)]}  # none lost, none twice
+        assert "stopped before its last step; back into the queue" in run.log(job)
+        assert "failed" not in run.log(job)
+
+
 @pytest.mark.slow
 def test_the_node_of_the_batch_script_dies(
     stand_in: list[str], tmp_path: Path, environment: pytest.MonkeyPatch

@@ -107,6 +107,25 @@ def test_a_node_that_dies_costs_the_steps_since_the_last_checkpoint(
     assert curves(run_dir) == undisturbed
 
 
+def test_preempted_and_requeued_a_job_ends_with_the_losses_of_one_left_alone(
+    undisturbed: dict[tuple[int, str], float], tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    with SlurmLab(cpus_per_node=1, grace_time=60) as lab, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLURM_CONF", str(lab.conf))
+        job = start(lab, run_dir)
+        words = ["--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null"]
+        urgent = lab.run("sbatch", "--parsable", *words, "--wrap=sleep 1")
+        assert end(lab, urgent, run_dir) == "COMPLETED"
+        assert end(lab, job, run_dir) == "COMPLETED"
+        assert lab.job(job)["Restarts"] == "1"
+    assert curves(run_dir) == undisturbed
+    (stop,) = [event for event in read_events(run_dir) if event["kind"] == "stop"]
+    (resumed,) = [event for event in read_events(run_dir) if event["kind"] == "resume"]
+    assert resumed["step"] == stop["step"]  # what it had when it was told, and not one step less
+    print(f"training again {resumed['time'] - stop['time']:.1f} s after the stop")
+
+
 def test_restarts_within_a_job(lab: SlurmLab, tmp_path: Path) -> None:
     """torchrun's own, after a process was killed: SLURM does not notice."""
     run_dir = tmp_path / "run"
