@@ -119,7 +119,7 @@ def test_twice_is_once(folder: Path, capsys: pytest.CaptureFixture[str]) -> None
         (["--skip-bad", "-1"], "--skip-bad -1: must be at least 0"),
         (["--languages", "tlh"], "--languages: tlh is not in text.jsonl. There are de, fr"),
         (["--tokenizer", "none.json"], "--tokenizer none.json: no such file"),
-        (["--eod-token", "<end>"], "has none of <end>; set --eod-token to the token that"),
+        (["--eod-token", "<end>"], "--eod-token <end> is not in the vocabulary of --tokenizer"),
         (
             ["--text-field", "body"],
             'text.jsonl, line 1: field "body" must be a string, got nothing',

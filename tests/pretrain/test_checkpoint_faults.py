@@ -409,8 +409,8 @@ def test_the_last_save_is_tried_again_for_as_long_as_there_is_time(tmp_path: Pat
         pauses = (0.01, 0.1)
         for error, notices in run_on_gloo(2, last_save, disk / "c", "", pauses, 0.5):
             again = [text for _, _, text in notices if text.startswith("trying again in 0.1 s")]
-            assert 2 <= len(again) <= 5
-            assert f"is not saved, after {len(again) + 2} attempts in 0 s" in error
+            assert 2 <= len(again) <= 5  # the first is made whatever the time
+            assert f"is not saved, after {len(again) + 2} attempts in " in error
         for error, notices in run_on_gloo(2, last_save, disk / "c", str(disk), pauses, 30.0, 6):
             assert error == ""
             assert [kind for kind, _, _ in notices][-2:] == ["save_recovered", "saved"]
