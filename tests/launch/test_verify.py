@@ -109,6 +109,7 @@ def test_a_defect_ends_with_exit_status_1(defect: str, words: list[str], tmp_pat
     assert ended.returncode == 1, ended.stdout + ended.stderr
     assert "FAIL: this layout trains another model than one process" in ended.stdout
     assert "BEYOND" in ended.stdout and "initial weights         0.0e+00  within" in ended.stdout
+    assert "losses                  " in ended.stdout and "gradients" in ended.stdout
 
 
 @pytest.mark.parametrize(
