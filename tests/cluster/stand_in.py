@@ -58,7 +58,9 @@ def worker(words: list[str]) -> int:
             status.heartbeat()
             with open(run_dir / "steps", "a") as file:
                 file.write(f"{step} {os.environ.get('SLURM_RESTART_COUNT', '0')}\n")
-            while step in (HOLDS, FAILS) and not stopped:
+            if step == FAILS:  # in a collective that never ends, no word is heard
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            while step == FAILS or (step == HOLDS and not stopped):
                 time.sleep(0.02)
             if step % SAVE_INTERVAL == 0 or stopped or step == steps:
                 (run_dir / "checkpoints" / f"step_{step:08d}").mkdir(parents=True)
