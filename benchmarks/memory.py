@@ -122,7 +122,9 @@ def storages() -> dict[int, int]:
     import torch
 
     gc.collect()
-    tensors = [found for found in gc.get_objects() if issubclass(type(found), torch.Tensor)]
+    # by their exact types: torch.compile holds others, which stand for tensors and have no memory
+    known = (torch.Tensor, torch.nn.Parameter)
+    tensors = [found for found in gc.get_objects() if type(found) in known]
     gradients = [t.grad for t in tensors if t.is_leaf and t.grad is not None]
     held = [t.untyped_storage() for t in (*tensors, *gradients) if t.device.type == "cpu"]
     return {storage.data_ptr(): storage.nbytes() for storage in held}

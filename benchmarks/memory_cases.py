@@ -8,6 +8,7 @@ from typing import Any
 from models.config import Activation, LayerNormPlacement, ModelConfig, Normalization
 from models.moe_config import MoEConfig, RouterType
 from parallel.config import (
+    CompileElementwise,
     ContextParallelComm,
     ParallelConfig,
     Precision,
@@ -66,6 +67,7 @@ def layout(**sizes: Any) -> ParallelConfig:
 
 
 _FULL, _SELECTIVE = RecomputeGranularity.full, RecomputeGranularity.selective
+_ALWAYS = CompileElementwise.always
 CASES = {
     "dense": Case(),
     "pre-LN": Case(model=replace(MODEL, layer_norm_placement=LayerNormPlacement.pre_ln)),
@@ -76,6 +78,15 @@ CASES = {
     "one sequence": Case(micro_batch_size=1, seq_length=512),
     "documents": Case(resets=True),
     "bf16": Case(parallel=layout(precision=Precision.bf16)),
+    "compiled": Case(parallel=layout(compile_elementwise=_ALWAYS)),
+    "compiled, SwiGLU, RMSNorm": Case(model=GROUPED, parallel=layout(compile_elementwise=_ALWAYS)),
+    "compiled, TP 2": Case(parallel=layout(tp=2, compile_elementwise=_ALWAYS), world_size=2),
+    "SwiGLU with biases": Case(model=replace(MODEL, activation=Activation.swiglu)),
+    "RMSNorm, TP 2": Case(
+        model=replace(MODEL, normalization=Normalization.rms_norm),
+        parallel=layout(tp=2),
+        world_size=2,
+    ),
     "selective": Case(parallel=layout(recompute=_SELECTIVE)),
     "full": Case(parallel=layout(recompute=_FULL)),
     "full, groups of 2": Case(parallel=layout(recompute=_FULL, recompute_num_layers=2)),

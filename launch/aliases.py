@@ -57,6 +57,7 @@ _RECOMPUTE += "attention, none for neither"
 _SELECTIVE, _OFF = (
     f"write parallel.recompute_granularity={word}" for word in ("selective", "none")
 )
+_COMPILE = "write parallel.compile_elementwise=always for activations and norms, never for none"
 _ACCUMULATED = "it follows from other settings: train.global_batch_size / (train.micro_batch_size "
 _ACCUMULATED += "x data-parallel size)"
 _REPLICAS = "it follows from other settings: processes / (tensor x context x pipeline)"
@@ -68,6 +69,7 @@ ADVICE = {
     **dict.fromkeys(("dp", "dp_size", "data_parallel_size", "data_parallel_degree"), _REPLICAS),
     **dict.fromkeys(("activation_checkpointing", "gradient_checkpointing"), _RECOMPUTE),
     **dict.fromkeys(("activation_checkpoint", "recompute"), _RECOMPUTE),
+    **dict.fromkeys(("compile", "torch_compile", "compile.enable", "jit_fuser"), _COMPILE),
     "recompute_activations": _SELECTIVE,
     "recompute_activations=false": _OFF,
     **dict.fromkeys(("wandb.enabled", "wandb.enable", "enable_wandb", "use_wandb"), _ONLINE),

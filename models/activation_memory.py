@@ -12,7 +12,7 @@ matrices in front of the activation (2 with SwiGLU), v its part of the vocabular
 an element (2 in bf16, 4 in fp32). For experts T is the rows that reach this rank, n the width of an
 expert on it, E the number of all experts. Kept, in bytes:
 
-    norm             e u h, its input, and 8 u for mean and deviation; RMSNorm on a CPU e u h more
+    norm             e u h, its input, and 8 u for mean and deviation (RMSNorm 4 u)
     linear_qkv       e u h, its input
     core attention   e t (a + 2 k) for queries, keys and values, e t a for the output, 4 t a/d for
                      the sums of exponentials; on a GPU with positions e t (a + k) more, because
@@ -25,8 +25,7 @@ expert on it, E the number of all experts. Kept, in bytes:
     linear_proj      e t a, its input, but on a GPU where attention wrote and keeps just that; with
                      a folded sub-LayerNorm e u h + 8 u more, with one by all_reduce e t a
     linear_fc1       e u h, its input
-    activation       g e t f, its input; SwiGLU 2 e t f more: megatron-core adds an offset of 0 to
-                     the linear half and keeps the result, and silu's output
+    activation       g e t f, its input
     linear_fc2       e t f, its input, and with a sub-LayerNorm as linear_proj
     router           e u h, its input; tables of about 4 u (6 E + 3 router_dim); 24 T for the order
     experts          e T h rows, e T h outputs before the gate, g e T n rows before the activation,
@@ -58,6 +57,7 @@ from models.config import (
     PositionEmbedding,
 )
 from parallel.config import (
+    CompileElementwise,
     ContextParallelComm,
     ParallelConfig,
     RecomputeGranularity,
@@ -126,10 +126,12 @@ class Sizes:
 
 
 def norm_operation(model: ModelConfig, sizes: Sizes) -> Operation:
-    kept = sizes.stream + 8 * sizes.own_tokens
-    if model.normalization is Normalization.rms_norm and sizes.on_cpu:
-        kept += sizes.stream  # no kernel of its own there: the product before the gain is kept
-    return Operation("norm", kept, backward=3 * sizes.stream)
+    rms = model.normalization is Normalization.rms_norm
+    kept = sizes.stream + (4 if rms else 8) * sizes.own_tokens
+    backward = 3 * sizes.stream
+    if rms and sizes.on_cpu and sizes.element == 2:
+        backward += 4 * sizes.stream  # in fp32: the standardised input and two gradients
+    return Operation("norm", kept, backward)
 
 
 def attention_operations(
@@ -201,11 +203,16 @@ def feed_forward_operations(
     gated = model.activation is Activation.swiglu
     f = ffn_hidden_size // sizes.tensor
     g = 2 if gated else 1
+    # the gradients of output and input, and on the way there, of a SwiGLU, both halves of the
+    # input's gradient and the input with its bias again
+    backward, biased = (1 + g) * f, g * f if model.add_bias_linear else 0
+    if gated and not _compiled(parallel, sizes):
+        backward += 2 * f + biased
     activation = Operation(
         "activation",
-        sizes.sheet((4 if gated else 1) * f),
-        backward=sizes.stream + sizes.sheet((3 if gated else 2) * f),
-        forward=sizes.sheet(g * f) if model.add_bias_linear else 0,
+        sizes.sheet(g * f),
+        backward=sizes.stream + sizes.sheet(backward),
+        forward=sizes.sheet(biased + (f if gated else 0)),
     )
     branch = [
         linear_operation("linear_fc1", sizes, sizes.hidden, g * f),
@@ -213,6 +220,14 @@ def feed_forward_operations(
         row_parallel_operation("linear_fc2", model, parallel, sizes, f, kept=sizes.sheet(f)),
     ]
     return _with_dropout(branch, model, sizes)
+
+
+def _compiled(parallel: ParallelConfig, sizes: Sizes) -> bool:
+    """As `parallel.compiled.compiles` decides, where Triton is installed with CUDA."""
+    wanted = parallel.compile_elementwise
+    if wanted is CompileElementwise.auto:
+        return not sizes.on_cpu
+    return wanted is CompileElementwise.always
 
 
 def linear_operation(name: str, sizes: Sizes, inputs: int, outputs: int) -> Operation:

@@ -17,6 +17,7 @@ from models.config import (
     PositionEmbedding,
 )
 from models.experts import expert_spec
+from models.feed_forward import FeedForward
 from models.initialize import initialize_weights
 from models.language_model import LanguageModel
 from models.magneto import residual_scale
@@ -26,6 +27,7 @@ from models.parameter_count import padded_vocab_size
 from models.router import build_router
 from models.router_health import RouterHealth
 from models.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from parallel.compiled import compiles
 from parallel.config import ParallelConfig, RecomputeGranularity
 from parallel.layers import (
     Norm,
@@ -34,7 +36,6 @@ from parallel.layers import (
     enable_torch_weight_gradient_fusion,
 )
 from parallel.megatron import (
-    MLP,
     AttnMaskType,
     ColumnParallelLinear,
     MLPSubmodules,
@@ -64,6 +65,9 @@ def build_model(
     enable_embedding_gradient_fusion()
     dtype = parameter_dtype(parallel.precision, runtime.device)
     config = transformer_config(model, parallel, dtype)
+    config.compile_elementwise, config.why_not_compiled = compiles(
+        parallel.compile_elementwise, runtime
+    )
     chunks = []
     interleaved = parallel.virtual_pipeline_model_parallel_size > 1
     for index in range(parallel.virtual_pipeline_model_parallel_size):
@@ -219,7 +223,7 @@ def _layers(
     )
     linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=row_parallel)
     feed_forward = ModuleSpec(
-        module=MLP, params={"ffn_hidden_size": model.ffn_hidden_size}, submodules=linears
+        module=FeedForward, params={"ffn_hidden_size": model.ffn_hidden_size}, submodules=linears
     )
     parts = TransformerLayerSubmodules(
         norm=Norm,
@@ -258,4 +262,4 @@ def _shared_expert(model: ModelConfig, linears: MLPSubmodules) -> ModuleSpec | N
     width = model.moe.shared_expert_intermediate_size
     if width == 0:
         return None
-    return ModuleSpec(module=MLP, params={"ffn_hidden_size": width}, submodules=linears)
+    return ModuleSpec(module=FeedForward, params={"ffn_hidden_size": width}, submodules=linears)

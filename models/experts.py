@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from models.config import LayerNormPlacement, ModelConfig
+from models.feed_forward import gelu, swiglu
 from parallel.grouped_linear import (
     Block,
     GradientSum,
@@ -147,11 +148,7 @@ class ExpertFeedForward(MegatronModule):
         self, u: Tensor, g: Tensor | None, b: Tensor | None, rows: Sequence[int]
     ) -> Tensor:
         """Norm_i(σ(u_i)) [t, n] for rows u [t, g n] of the groups that g and b [e, n] belong to."""
-        if self.config.gated_linear_unit:
-            gate, up = u.chunk(2, -1)
-            a = F.silu(gate) * up
-        else:
-            a = F.gelu(u)
+        a = swiglu(u) if self.config.gated_linear_unit else gelu(u)
         if g is None:
             return a
         group = self.expert_tp_group
@@ -288,7 +285,7 @@ def _grouped_norm(
         return normalize(x, g[0], None if b is None else b[0], eps, rms)
     if not whole:
         one, zero = x.new_ones(x.shape[1]), None if rms else x.new_zeros(x.shape[1])
-        x = ShardedNorm.apply(x, one, zero, eps, rms, tp_group)
+        x = ShardedNorm.apply(x, one, zero, eps, rms, False, tp_group)
     normalized = []
     for x_i, g_i, b_i in zip(x.split(rows), g, [None] * len(g) if b is None else b, strict=True):
         if whole:

@@ -37,7 +37,7 @@ class MoELayer(MegatronModule):
     `submodules`: megatron-core's MoESubmodules. `router(config=, pg_collection=)` gives a module
     that maps [s, b, h] to the gates [t, E] in fp32, 0 where not chosen, and the choice [t, E];
     `experts` see models.experts; `shared_experts`, or None, a feed-forward for every token, whose
-    output is added; a ModuleSpec of megatron-core's MLP with its `ffn_hidden_size` in `params`.
+    output is added; a ModuleSpec of a FeedForward with its `ffn_hidden_size` in `params`.
 
     All ranks of the expert-model- and expert-tensor-parallel groups must call forward together.
     """

@@ -12,8 +12,9 @@ second feed-forward matrix each normalise their input, over its full width
 In a sparse layer the feed-forward is a `models.moe_layer.MoELayer`, or, in X-MoE's placement, one
 more sublayer behind the dense feed-forward: x ← x + experts(x), whose norms lie inside the experts.
 
-Attention and feed-forward are megatron-core's modules; this layer takes the place of its
-TransformerLayer inside its TransformerBlock. Activations are sequence-first: [s, b, h].
+Attention is megatron-core's module, and the feed-forward but for its activation; this layer takes
+the place of its TransformerLayer inside its TransformerBlock. Activations are sequence-first:
+[s, b, h].
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from models.config import LayerNormPlacement
 from models.document_segments import DocumentSegments
 from models.moe_layer import MoELayer
+from parallel.compiled import Compilable
 from parallel.megatron import (
     BaseTransformerLayer,
     MegatronModule,
@@ -36,13 +38,14 @@ from parallel.megatron import (
     build_module,
     get_transformer_layer_offset,
 )
+from parallel.norm import is_compiled
 
 
 @dataclass
 class TransformerLayerSubmodules:
     norm: Any
     self_attention: ModuleSpec
-    mlp: ModuleSpec  # of an MLP or a MoELayer
+    mlp: ModuleSpec  # of a FeedForward or a MoELayer
     placement: LayerNormPlacement
     residual_scale: float
     sparse: ModuleSpec | None = None  # of a MoELayer behind the dense feed-forward
@@ -117,10 +120,18 @@ class TransformerLayer(MegatronModule, BaseTransformerLayer):
 
     def _residual(self, x: Tensor, sublayer: Any, norm: Any) -> Tensor:
         out, bias = sublayer(norm(x) if self.norm_first else x)
-        if bias is not None:
-            out = out + bias
-        if self.dropout and self.training:
-            out = F.dropout(out, self.dropout)
-        scaled = x if self.residual_scale == 1.0 else self.residual_scale * x
-        x = scaled + out
+        dropout = self.dropout if self.training else 0.0
+        # its draws are torch's own, not a compiler's
+        compiled = is_compiled(self.config) and not dropout
+        x = _add(compiled, x, out, bias, self.residual_scale, dropout)
         return x if self.norm_first else norm(x)
+
+
+@Compilable
+def _add(x: Tensor, out: Tensor, bias: Tensor | None, scale: float, dropout: float) -> Tensor:
+    """scale · x + dropout(out + bias)"""
+    if bias is not None:
+        out = out + bias
+    if dropout:
+        out = F.dropout(out, dropout)
+    return (x if scale == 1.0 else scale * x) + out

@@ -104,10 +104,12 @@ _KNOWN = (
         "triton",
         "triton",
         ("triton.language",),
-        "",
-        "nothing here is compiled with torch.compile (see below)",
+        "what torch.compile makes of activations, biases, residuals and norms of sharded widths"
+        " on a GPU",
+        "anything else here",
         "comes with torch's CUDA builds for Linux",
-        "nothing to test",
+        "the same functions compiled by a C++ compiler, by `tests/parallel/test_compiled.py`; by"
+        " Triton, by `pytest -m gpu tests/parallel/test_compiled.py`",
     ),
     _Known(
         "deepspeed",
@@ -254,10 +256,17 @@ def markdown() -> str:
     lines += [f"| {work} | {_choices(who)} |" for work, who in WITH_DEEPSPEED.items()]
     lines += [
         "",
-        "Norms, activations, biases and residuals are not compiled with torch.compile, and there",
-        "is no setting for it: whether that would gain anything has not been measured, on a GPU or",
-        "on a CPU. What is known is a cost: loading the machinery of torch.compile took a start on",
-        "a CPU about 5 s, and none does so now (`parallel/cpu_bridge.py`).",
+        "## torch.compile",
+        "",
+        "`parallel.compile_elementwise=auto`, the default, compiles on a GPU where Triton works,",
+        "and not on a CPU; `always` refuses to start where it does not work; `never` compiles",
+        "nothing.",
+        "Before the model is built every rank compiles a small function and compares its result;",
+        "where one cannot, none compiles, and the log says why. On a CPU it gains a tenth of a",
+        "step or less ([benchmarks.md](benchmarks.md#compiled-activations-and-norms)) and costs",
+        "the first start 10 s or more, so there it has to be asked for; on a GPU it has not been",
+        "measured. Matrix products, attention and LayerNorm are not compiled: torch's kernels for",
+        "them leave nothing to gain. Experts are not either: their numbers of rows change.",
         "",
         "## The packages",
         "",

@@ -59,6 +59,15 @@ class RecomputeGranularity(Enum):
     full = "full"  # whole transformer layers
 
 
+class CompileElementwise(Enum):
+    """Whether activations, RMSNorms on a CPU, residuals and sharded norms go through torch.compile
+    (parallel/compiled.py)."""
+
+    auto = "auto"  # on a GPU where Triton is installed and compiles, not on a CPU
+    always = "always"  # or the run does not start
+    never = "never"
+
+
 class SubLayerNormReduction(Enum):
     """Where a sub-LayerNorm over a sharded width has its full-width statistics from."""
 
@@ -110,6 +119,8 @@ class ParallelConfig:
     # layers per recomputed group; only with recompute_granularity=full
     recompute_num_layers: int = 1
     precision: Precision = Precision.auto
+    # whether chains of elementwise operations are compiled into one kernel each
+    compile_elementwise: CompileElementwise = CompileElementwise.auto
     # seconds every rank has to reach each start-up stage before the missing ones are named
     startup_timeout_seconds: float = 300.0
     # Seconds one collective may take during training; the last resort, behind the heartbeat and

@@ -27,8 +27,10 @@ NORM = "gradient norm and clipping"
 WEIGHT_GRADIENTS = "weight gradients of megatron-core's linear layers"
 SPLIT = "splitting queries, keys and values"
 EXPERTS = "products of experts"
+ELEMENTWISE = "activations, biases, residuals and norms of sharded widths"
 
 _TORCH = "torch"
+_COMPILED = "torch.compile"
 _OPTIMIZERS = {"transformer_engine": "its FusedAdam", "apex": "its FusedAdam"}
 _NORMS = {"transformer_engine": "its multi_tensor_l2norm", "apex": "amp_C's multi_tensor_l2norm"}
 FAST_PATHS: dict[str, FastPath] = {
@@ -64,13 +66,24 @@ FAST_PATHS: dict[str, FastPath] = {
         ),
         FastPath(
             "norms",
-            {_TORCH: "its layer_norm and rms_norm kernels, one launch each, not compiled"},
-            {_TORCH: "its layer_norm kernel; rms_norm in several"},
+            {_TORCH: "its layer_norm and rms_norm kernels, one launch each"},
+            {
+                _TORCH: "its layer_norm kernel; for an RMSNorm, which has none, `parallel/norm.py`,"
+                " compiled where the next row is"
+            },
         ),
         FastPath(
-            "activations, biases and residuals",
-            {_TORCH: "one kernel for each operation: neither fused nor compiled"},
-            {_TORCH: "one kernel for each operation"},
+            ELEMENTWISE,
+            {
+                _COMPILED: "one kernel for a chain of operations (`parallel/compiled.py`), where"
+                " Triton is here and `parallel.compile_elementwise` is not `never`",
+                _TORCH: "one kernel for each operation",
+            },
+            {
+                _COMPILED: "one loop for a chain of operations, with"
+                " `parallel.compile_elementwise=always` and a C++ compiler",
+                _TORCH: "one loop for each operation",
+            },
         ),
         FastPath(
             EXPERTS,
@@ -102,11 +115,15 @@ _ADAMS_OF_DEEPSPEED = {
 
 
 def in_use(
-    device: torch.device, deepspeed_adam: torch.optim.Optimizer | None = None
+    device: torch.device,
+    *,
+    compiled: bool = False,
+    deepspeed_adam: torch.optim.Optimizer | None = None,
 ) -> dict[str, str]:
     """Who does the work of each row of `FAST_PATHS` on `device` in this process.
 
     To be asked once an engine is there, which replaces what megatron-core fell back on.
+    compiled: what `parallel.compiled.compiles` has found for its model.
     deepspeed_adam: the optimizer of engine=deepspeed, where that is the engine.
     """
     import megatron.core.optimizer as optimizer
@@ -122,6 +139,7 @@ def in_use(
     found[NORM] = _package(clip_grads.l2_norm_impl)
     found[WEIGHT_GRADIENTS] = _TORCH if extension is TorchWeightGradient else "apex"
     found[SPLIT] = _TORCH if attention.SplitAlongDim is None else "transformer_engine"
+    found[ELEMENTWISE] = _COMPILED if compiled else _TORCH
     found[EXPERTS] = _products_of_experts(device)
     if deepspeed_adam is not None:
         found |= dict.fromkeys(WITH_DEEPSPEED, _TORCH)

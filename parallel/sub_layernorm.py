@@ -37,6 +37,7 @@ The names in equations are those in the code. Shapes: t tokens (t/P where a sequ
 has only its own), n = N/P input width here, h output width, P tensor-parallel ranks.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,6 +46,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from parallel.collectives import all_gather, reduce_scatter
+from parallel.compiled import Compilable
 from parallel.config import SubLayerNormReduction
 from parallel.megatron import (
     RowParallelLinear,
@@ -52,7 +54,7 @@ from parallel.megatron import (
     make_sharded_tensors_for_checkpoint,
     set_tensor_model_parallel_attributes,
 )
-from parallel.norm import is_rms_norm, normalize
+from parallel.norm import is_compiled, is_rms_norm, normalize
 from parallel.weight_gradient import fused_main_grad, matmul_in_fp32, weight_gradient
 
 # Rows of the reduced buffer start on multiples of this, for vectorised kernels and copies.
@@ -109,6 +111,7 @@ class SubLayerNormRowParallelLinear(RowParallelLinear):
         )
         self.rms = is_rms_norm(config)
         self.eps = config.layernorm_epsilon
+        self.compiled = is_compiled(config)
         self.reduction = _reduction(config)
         shard = {"dtype": self.weight.dtype, "device": self.weight.device}
         n = self.input_size_per_partition
@@ -121,7 +124,7 @@ class SubLayerNormRowParallelLinear(RowParallelLinear):
                 parameter.allreduce = True  # type: ignore[attr-defined]
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
-        norm = (self.norm_weight, self.norm_bias, self.eps, self.rms)
+        norm = (self.norm_weight, self.norm_bias, self.eps, self.rms, self.compiled)
         if self.tp_group.size() == 1:
             y = _NormLinear.apply(input_, self.weight, *norm, self.gradient_accumulation_fusion)
         elif self.reduction is SubLayerNormReduction.folded:
@@ -222,6 +225,35 @@ def norm_input_gradient(
     return g_dz.mul_(rstd.unsqueeze(-1))
 
 
+@Compilable
+def normalize_shard(
+    x: Tensor, mean: Tensor, rstd: Tensor, g: Tensor, b: Tensor | None, rms: bool
+) -> Tensor:
+    """g ⊙ x̂ + b in x's type; x is [t, n], mean and rstd [t], g and b [n]."""
+    return scale_and_shift(standardize(x, mean, rstd, rms), g, b, x.dtype)
+
+
+@Compilable
+def shard_gradients(
+    dz: Tensor,
+    x: Tensor,
+    g: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    mean_1: Tensor,
+    mean_2: Tensor,
+    rms: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """dx [t, n], dg [n] and db [n] of `normalize_shard`; mean_1 and mean_2 as above.
+
+    x̂ is computed once more, so that nothing lies in memory while the weight's gradient is taken.
+    """
+    x_hat = standardize(x, mean, rstd, rms)
+    dg = (dz * x_hat).sum(0).to(g.dtype)
+    dx = norm_input_gradient(dz.float() * g, x_hat, rstd, mean_1, mean_2, rms)
+    return dx.to(x.dtype), dg, None if rms else dz.sum(0)
+
+
 def split_exactly(values: Tensor, dtype: torch.dtype) -> Tensor:
     """fp32 values [...] as sums of `dtype` values [..., pieces]: one in fp32, three in bf16.
 
@@ -242,6 +274,7 @@ def folded_partial(
     b: Tensor | None,
     eps: float,
     rms: bool,
+    compiled: bool,
     rank: int,
     ranks: int,
     chunks: int,
@@ -258,7 +291,7 @@ def folded_partial(
     if rms:
         statistics = shard_statistics(x, rms)
         std = (statistics + eps).sqrt()
-        normalized = normalize(x, g, None, eps, rms)
+        normalized = normalize(x, g, None, eps, rms, compiled=compiled)
     else:
         # One kernel gives g (x_p - m_p) / s_p, m_p and 1 / s_p. On the CPU these two are in fp32
         # only if the gain is.
@@ -328,11 +361,13 @@ class _NormLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, g, b, eps, rms, gradient_accumulation_fusion):  # type: ignore
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, x, weight, g, b, eps, rms, compiled, gradient_accumulation_fusion
+    ):
         ctx.save_for_backward(x, weight, g, b)
-        ctx.eps, ctx.rms = eps, rms
+        ctx.norm = partial(normalize, eps=eps, rms=rms, compiled=compiled)
         ctx.main_grad = fused_main_grad(weight, gradient_accumulation_fusion)
-        return normalize(x, g, b, eps, rms) @ weight.t()
+        return ctx.norm(x, g, b) @ weight.t()
 
     @staticmethod
     @once_differentiable
@@ -340,14 +375,14 @@ class _NormLinear(torch.autograd.Function):
         x, weight, g, b = ctx.saved_tensors
         inputs = [p.detach().requires_grad_() for p in (x, g, b) if p is not None]
         with torch.enable_grad():
-            z = normalize(inputs[0], inputs[1], None if b is None else inputs[2], ctx.eps, ctx.rms)
+            z = ctx.norm(inputs[0], inputs[1], None if b is None else inputs[2])
         dy = dy.reshape(-1, dy.shape[-1])
         dw = None
         if ctx.needs_input_grad[1]:
             dw = weight_gradient(weight, ctx.main_grad, z.detach().flatten(0, -2), dy)
         dz = (dy @ weight).view_as(x)
         dx, dg, db = (*torch.autograd.grad(z, inputs, dz), None)[:3]
-        return dx, dw, dg, db, None, None, None
+        return dx, dw, dg, db, *(None,) * 4
 
 
 class _FoldedNormLinear(torch.autograd.Function):
@@ -355,7 +390,17 @@ class _FoldedNormLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
-        ctx, x, weight, g, b, eps, rms, gradient_accumulation_fusion, sequence_parallel, tp_group
+        ctx,
+        x,
+        weight,
+        g,
+        b,
+        eps,
+        rms,
+        compiled,
+        gradient_accumulation_fusion,
+        sequence_parallel,
+        tp_group,
     ):
         ranks, h = tp_group.size(), weight.shape[0]
         chunks = ranks if sequence_parallel else 1
@@ -366,7 +411,8 @@ class _FoldedNormLinear(torch.autograd.Function):
             )
         x_2d = x.reshape(-1, x.shape[-1])
         t = x_2d.shape[0] // chunks
-        buffer = folded_partial(x_2d, weight, g, b, eps, rms, tp_group.rank(), ranks, chunks)
+        norm = (g, b, eps, rms, compiled)
+        buffer = folded_partial(x_2d, weight, *norm, tp_group.rank(), ranks, chunks)
         if sequence_parallel:
             reduced = torch.empty_like(buffer[0])
             reduce_scatter(reduced, buffer.flatten(0, 1), group=tp_group)
@@ -376,7 +422,8 @@ class _FoldedNormLinear(torch.autograd.Function):
         y, mean, rstd, u, c = folded_output(reduced, t, h, eps, rms, ranks)
         y = y.view(x.shape[0] // chunks, *x.shape[1:-1], h)
         ctx.save_for_backward(x, weight, g, b, y, mean, rstd, u, c)
-        ctx.rms, ctx.sequence_parallel, ctx.tp_group = rms, sequence_parallel, tp_group
+        ctx.rms, ctx.compiled = rms, compiled
+        ctx.sequence_parallel, ctx.tp_group = sequence_parallel, tp_group
         ctx.main_grad = fused_main_grad(weight, gradient_accumulation_fusion)
         return y
 
@@ -392,17 +439,14 @@ class _FoldedNormLinear(torch.autograd.Function):
             dy, per_token = _gather_with_columns(dy, per_token, ctx.tp_group)
         mean, rstd, mean_1, mean_2 = per_token.unbind(1)
 
-        x_hat = standardize(x.reshape(-1, x.shape[-1]), mean, rstd, ctx.rms)
-        dw = None
+        x_2d, dw = x.reshape(-1, x.shape[-1]), None
         if ctx.needs_input_grad[1]:
-            z = scale_and_shift(x_hat, g, b, x.dtype)
+            z = normalize_shard(ctx.compiled, x_2d, mean, rstd, g, b, ctx.rms)
             dw = weight_gradient(weight, ctx.main_grad, z, dy)
             del z
         dz = dy @ weight
-        dg = (dz * x_hat).sum(0).to(g.dtype)
-        db = None if b is None else dz.sum(0)
-        dx = norm_input_gradient(dz.float() * g, x_hat, rstd, mean_1, mean_2, ctx.rms)
-        return (dx.to(x.dtype).view_as(x), dw, dg, db, *(None,) * 5)
+        dx, dg, db = shard_gradients(ctx.compiled, dz, x_2d, g, mean, rstd, mean_1, mean_2, ctx.rms)
+        return (dx.view_as(x), dw, dg, db, *(None,) * 6)
 
 
 class ShardedNorm(torch.autograd.Function):
@@ -410,7 +454,7 @@ class ShardedNorm(torch.autograd.Function):
     [t, P]) forward and one of [2, t] backward."""
 
     @staticmethod
-    def forward(ctx, x, g, b, eps, rms, tp_group):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, g, b, eps, rms, compiled, tp_group):  # type: ignore[no-untyped-def]
         x_2d = x.reshape(-1, x.shape[-1])
         mine = shard_statistics(x_2d, rms)
         statistics = mine.new_zeros(mine.shape[0], tp_group.size(), mine.shape[1])
@@ -419,7 +463,7 @@ class ShardedNorm(torch.autograd.Function):
         mean, rstd = combine_statistics(statistics, eps)
         ctx.save_for_backward(x, g, mean, rstd)
         ctx.rms, ctx.tp_group = rms, tp_group
-        return scale_and_shift(standardize(x_2d, mean, rstd, rms), g, b, x.dtype).view_as(x)
+        return normalize_shard(compiled, x_2d, mean, rstd, g, b, rms).view_as(x)
 
     @staticmethod
     @once_differentiable
@@ -434,7 +478,7 @@ class ShardedNorm(torch.autograd.Function):
         dg = (dz * x_hat).sum(0).to(g.dtype)
         db = None if ctx.rms else dz.sum(0)
         dx = norm_input_gradient(g_dz, x_hat, rstd, mean_1, mean_2, ctx.rms)
-        return dx.to(x.dtype).view_as(x), dg, db, None, None, None
+        return dx.to(x.dtype).view_as(x), dg, db, *(None,) * 4
 
 
 def _gather_with_columns(

@@ -447,7 +447,9 @@ def accelerator_lines(config: PretrainConfig, runtime: Runtime, engine: Engine) 
     not look at. On a CPU only DeepSpeed, where it is the engine, would do anything."""
     deepspeed = config.engine is EngineKind.deepspeed
     on_cpu = runtime.device.type == "cpu"
-    if on_cpu and not deepspeed:
+    model = engine.chunks[0].module.config
+    compiled = model.compile_elementwise
+    if on_cpu and not deepspeed and not compiled:
         return ["optional accelerators (apex, Transformer Engine, ...): none applies on a CPU"]
     packages = [
         accelerator.describe()
@@ -455,7 +457,10 @@ def accelerator_lines(config: PretrainConfig, runtime: Runtime, engine: Engine) 
         if not on_cpu or accelerator.name == "deepspeed"
     ]
     adam = getattr(engine, "optimizer", None) if deepspeed else None
-    found = "; ".join(f"{work}: {who}" for work, who in in_use(runtime.device, adam).items())
+    used = in_use(runtime.device, compiled=compiled, deepspeed_adam=adam)
+    found = "; ".join(f"{work}: {who}" for work, who in used.items())
+    if not compiled:
+        found += f" (not compiled: {model.why_not_compiled})"
     ignored = without_effect(config.parallel, config.deepspeed) if deepspeed else []
     return [f"fast paths: {found}", *packages, *(f"warning: {line}" for line in ignored)]
 

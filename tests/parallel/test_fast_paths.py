@@ -20,7 +20,7 @@ def found_on_rank() -> dict[str, str]:
     runtime = initialize(parallel, seed=1)
     chunks = build_model(MODEL, parallel, runtime, vocab_size=VOCAB, seed=1)
     MegatronEngine(chunks, parallel, OptimizerConfig(), runtime)
-    return in_use(runtime.device)
+    return in_use(runtime.device, compiled=chunks[0].config.compile_elementwise)
 
 
 def test_what_an_engine_uses_is_in_the_table() -> None:
