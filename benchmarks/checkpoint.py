@@ -25,6 +25,7 @@ is not counted.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import shutil
@@ -251,6 +252,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
+    gc.freeze()  # as launch/pretrain.py does: what was imported is not looked through for garbage
     results = [
         measure(one, options.rounds, options.folder, checksums=options.checksums)
         for one in options.millions

@@ -347,6 +347,7 @@ class Checkpoints:
     ) -> tuple[TrainState, list[str]]:
         """The state of the run and what is wrong with the checkpoint: then the engine's weights
         are of no use."""
+        checkpoint_io.read_ahead(path)
         problems = self._problems(path)
         if problems:
             return TrainState(), problems

@@ -1,6 +1,7 @@
 """A checkpoint is complete or absent, and failures reach every rank."""
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -99,3 +100,38 @@ def test_leftovers_of_a_killed_save_are_overwritten(tmp_path: Path) -> None:
     assert not checkpoint_io.is_complete(leftover)
     run_on_gloo(2, save_and_load, tmp_path / "c")
     assert os.listdir(tmp_path) == ["c"]
+
+
+def is_cached(path: Path, byte: int) -> bool:
+    """Whether the kernel has it in memory."""
+    with open(path, "rb", buffering=0) as file:
+        try:
+            return os.preadv(file.fileno(), [bytearray(1)], byte, os.RWF_NOWAIT) == 1
+        except BlockingIOError:
+            return False
+
+
+def cached_after_reading_ahead(folder: Path) -> tuple[bool, bool]:
+    checkpoint_io.save({"a": 1, **state(1.0, shape=1 << 20)}, folder, metadata={})
+    path = max(folder.glob("*.distcp"), key=lambda path: path.stat().st_size)
+    last = path.stat().st_size - 1
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    before = is_cached(path, last)
+    checkpoint_io.read_ahead(folder)
+    deadline = time.monotonic() + 20
+    while not is_cached(path, last) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return before, is_cached(path, last)
+
+
+def test_reading_ahead_brings_files_into_memory(tmp_path: Path) -> None:
+    ((before, after),) = run_on_gloo(1, cached_after_reading_ahead, tmp_path / "step_1")
+    if before:
+        pytest.skip("files of this folder cannot be dropped from memory")
+    assert after
+
+
+def test_reading_ahead_minds_nothing(tmp_path: Path) -> None:
+    run_on_gloo(1, checkpoint_io.read_ahead, tmp_path / "nothing here")
