@@ -1,5 +1,7 @@
 """A checkpoint is complete or absent, and failures reach every rank."""
 
+import ctypes
+import mmap
 import os
 import time
 from pathlib import Path
@@ -103,12 +105,24 @@ def test_leftovers_of_a_killed_save_are_overwritten(tmp_path: Path) -> None:
 
 
 def is_cached(path: Path, byte: int) -> bool:
-    """Whether the kernel has it in memory."""
-    with open(path, "rb", buffering=0) as file:
-        try:
-            return os.preadv(file.fileno(), [bytearray(1)], byte, os.RWF_NOWAIT) == 1
-        except BlockingIOError:
-            return False
+    """Whether the kernel has it in memory. A read that must not wait would tell as well, and make
+    the kernel fetch it."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    page = byte // mmap.PAGESIZE * mmap.PAGESIZE
+    with (
+        open(path, "rb") as file,
+        mmap.mmap(file.fileno(), 1, mmap.MAP_PRIVATE, offset=page) as mapped,
+    ):
+        there = ctypes.c_ubyte()
+        first = ctypes.c_char.from_buffer(mapped)
+        failed = libc.mincore(
+            ctypes.c_void_p(ctypes.addressof(first)),
+            ctypes.c_size_t(1),
+            ctypes.byref(there),
+        )
+        del first
+        assert not failed, os.strerror(ctypes.get_errno())
+        return bool(there.value & 1)
 
 
 def cached_after_reading_ahead(folder: Path) -> tuple[bool, bool]:
