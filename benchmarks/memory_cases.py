@@ -73,6 +73,26 @@ CASES = {
     "pre-LN": Case(model=replace(MODEL, layer_norm_placement=LayerNormPlacement.pre_ln)),
     "post-LN": Case(model=replace(MODEL, layer_norm_placement=LayerNormPlacement.post_ln)),
     "grouped, SwiGLU, RMSNorm": Case(model=GROUPED),
+    "attention dropout": Case(model=replace(MODEL, attention_dropout=0.1)),
+    "attention dropout, TP 2, SP": Case(
+        model=replace(MODEL, attention_dropout=0.1, hidden_dropout=0.1),
+        parallel=layout(tp=2, sp=True),
+        world_size=2,
+    ),
+    "attention dropout, selective": Case(
+        model=replace(MODEL, attention_dropout=0.1), parallel=layout(recompute=_SELECTIVE)
+    ),
+    "attention dropout, CP 2": Case(
+        model=replace(MODEL, attention_dropout=0.1), parallel=layout(cp=2), world_size=2
+    ),
+    "attention dropout, CP 2, a2a": Case(
+        model=replace(MODEL, attention_dropout=0.1),
+        parallel=layout(cp=2, cp_comm_type=ContextParallelComm.a2a),
+        world_size=2,
+    ),
+    "attention dropout, bf16": Case(
+        model=replace(MODEL, attention_dropout=0.1), parallel=layout(precision=Precision.bf16)
+    ),
     "dropout": Case(model=replace(MODEL, hidden_dropout=0.1)),
     "large vocabulary": Case(model=replace(MODEL, vocab_size=20_000)),
     "one sequence": Case(micro_batch_size=1, seq_length=512),
@@ -86,6 +106,19 @@ CASES = {
         model=replace(MODEL, normalization=Normalization.rms_norm),
         parallel=layout(tp=2),
         world_size=2,
+    ),
+    "bf16, full": Case(parallel=layout(precision=Precision.bf16, recompute=_FULL)),
+    "bf16, full, long": Case(
+        parallel=layout(precision=Precision.bf16, recompute=_FULL),
+        seq_length=512,
+        micro_batch_size=4,
+    ),
+    "bf16, PP 2": Case(
+        parallel=layout(precision=Precision.bf16, pp=2), world_size=2, micro_batches=4
+    ),
+    "bf16, TP 2": Case(parallel=layout(precision=Precision.bf16, tp=2), world_size=2),
+    "bf16, grouped, SwiGLU, RMSNorm": Case(
+        model=GROUPED, parallel=layout(precision=Precision.bf16)
     ),
     "selective": Case(parallel=layout(recompute=_SELECTIVE)),
     "full": Case(parallel=layout(recompute=_FULL)),

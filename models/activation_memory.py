@@ -40,8 +40,8 @@ gradient buffer already (parallel/weight_gradient.py:gradient_placeholder); and 
 for the gradient of the residual stream. Without such buffers, with engine=deepspeed, the loss keeps
 4 v h more: the gradient of the output projection, taken in the forward pass.
 
-Left out: with attention_dropout on a CPU the [s, s] probabilities, which the kernel without dropout
-never holds.
+With attention_dropout a CPU, which has no kernel for it, keeps 12 bytes for each of a head's s x s
+scores, and 12 t a for its inputs; where attention stops at documents, less than predicted.
 """
 
 from __future__ import annotations
@@ -142,10 +142,13 @@ def attention_operations(
     gradients = 2 * sizes.sheet(qkv) + sizes.sheet(sizes.attention)
     if model.position_embedding_type is not PositionEmbedding.none and sizes.element == 2:
         gradients += 8 * sizes.tokens * sizes.attention  # rotated in fp32
+    kept, scores = _kept_by_attention(model, parallel, sizes), 0
+    if model.attention_dropout and sizes.on_cpu:
+        kept, scores = _kept_with_dropout(parallel, sizes)
     core = Operation(
         "core attention",
-        _kept_by_attention(model, parallel, sizes),
-        backward=sizes.stream + gradients,
+        kept,
+        backward=sizes.stream + gradients + scores,
         forward=sizes.sheet(qkv),
     )
     if parallel.recompute_granularity is RecomputeGranularity.selective:
@@ -186,6 +189,26 @@ def _kept_by_attention(model: ModelConfig, parallel: ParallelConfig, sizes: Size
     views = not sizes.on_cpu and ranks == 1
     copied = sizes.resets_attention and sizes.sequences > 1
     return kept + (sizes.sheet(a + k) if views and rotated and not copied else 0)
+
+
+def _kept_with_dropout(parallel: ParallelConfig, sizes: Sizes) -> tuple[int, int]:
+    """Of a CPU, which has no kernel for attention_dropout: bytes kept, and those of the scores.
+
+    Queries, keys and values in fp32, each key for each query head, and three times the scores: the
+    probabilities before and after dropout, and its mask.
+    """
+    length, ranks = sizes.tokens // sizes.sequences, sizes.context
+    queries, keys, heads = length, length, sizes.heads
+    scores = length * length
+    if ranks > 1 and parallel.cp_comm_type is ContextParallelComm.a2a:
+        scores *= ranks  # of fewer heads, over the whole sequence
+    elif ranks > 1:  # two parts, each with the keys up to its end
+        keys = length // 2 * (2 * ranks + 1)
+        scores = length // 2 * keys
+    width = sizes.attention
+    bytes_of_scores = 4 * sizes.sequences * heads * scores
+    inputs = 4 * sizes.sequences * width * (queries + 2 * keys)
+    return inputs + 3 * bytes_of_scores, bytes_of_scores
 
 
 def _kept_by_projection(parallel: ParallelConfig, sizes: Sizes) -> int:
@@ -261,8 +284,10 @@ def row_parallel_operation(
     if model.layer_norm_placement is not LayerNormPlacement.sub_ln:
         return Operation(name, kept, backward + sizes.sheet(inputs), sizes.sheet(h), (weights,))
     if sizes.tensor == 1:
-        # the input normalised again, the gradients of that and of the input
-        backward += sizes.sheet(3 * inputs)
+        # the input normalised again, and either what the weight's gradient needs, or the gradients
+        # of that and of the input
+        widened = sizes.widened(inputs + h)
+        backward += max(sizes.sheet(3 * inputs), sizes.sheet(inputs) + widened) - widened
         return Operation(name, kept, backward, sizes.sheet(inputs), (weights,))
     wide = 4 * sizes.tokens * inputs
     # the standardised input and g dz in fp32, dz, and one product

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -108,6 +109,8 @@ def transformer_config(
     interleaved = parallel.virtual_pipeline_model_parallel_size > 1
     selective = parallel.recompute_granularity is RecomputeGranularity.selective
     full = parallel.recompute_granularity is RecomputeGranularity.full
+    # what it warns of with recompute_granularity=selective is about Transformer Engine's attention
+    warnings.filterwarnings("ignore", message="If you are using transformer_engine")
     config = TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -136,6 +137,10 @@ def repair_megatron() -> None:
 
     token_dispatcher.maybe_move_tensor_to_cpu = split_sizes
     moe_utils.maybe_move_tensor_to_cpu = split_sizes
+    # Each dropout of a forked generator would warn that it drew from the CPU's, which it is to do.
+    logging.getLogger("megatron.core.tensor_parallel.random").addFilter(
+        lambda record: "CPU RNG state changed" not in record.getMessage()
+    )
 
 
 def _means_cuda(device: Any) -> bool:

@@ -450,11 +450,14 @@ def accelerator_lines(config: PretrainConfig, runtime: Runtime, engine: Engine) 
     model = engine.chunks[0].module.config
     compiled = model.compile_elementwise
     if on_cpu and not deepspeed and not compiled:
-        return ["optional accelerators (apex, Transformer Engine, ...): none applies on a CPU"]
+        return [
+            "optional accelerators (apex, Transformer Engine, ...): none applies on a CPU; "
+            f"activations and norms are not compiled ({model.why_not_compiled})"
+        ]
     packages = [
         accelerator.describe()
         for accelerator in find_accelerators()
-        if not on_cpu or accelerator.name == "deepspeed"
+        if not on_cpu or (deepspeed and accelerator.name == "deepspeed")
     ]
     adam = getattr(engine, "optimizer", None) if deepspeed else None
     used = in_use(runtime.device, compiled=compiled, deepspeed_adam=adam)

@@ -1,6 +1,7 @@
 """The bridge patches names inside megatron-core and torch: this fails when one of them moves."""
 
 import inspect
+import logging
 import subprocess
 import sys
 
@@ -83,6 +84,17 @@ def gather_uneven() -> list[list[float]]:
     targets = [torch.zeros(r + 1, 2) for r in range(size)]
     dist.all_gather(targets, torch.full((rank + 1, 2), float(rank)))
     return [target[:, 0].tolist() for target in targets]
+
+
+def test_dropout_on_a_cpu_does_not_warn_of_the_cpus_random_state() -> None:
+    import parallel.megatron  # noqa: F401
+
+    logger = logging.getLogger("megatron.core.tensor_parallel.random")
+    told = [
+        logger.filter(logging.makeLogRecord({"msg": text}))
+        for text in ("CPU RNG state changed within GPU RNG context", "something else")
+    ]
+    assert [bool(kept) for kept in told] == [False, True]
 
 
 def test_all_gather_takes_uneven_sizes() -> None:
