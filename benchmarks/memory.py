@@ -14,7 +14,8 @@ import os
 import sys
 import time
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
@@ -79,16 +80,41 @@ def measure_on_rank(case: Case) -> Measured:
 
     if case.deepspeed is None:
         weights, gradients, optimizer = state_bytes(engine)
-        peak = peak_bytes(step, times=1 if case.world_size == 1 else 8)
+        with waiting_for_gloos_threads():
+            peak = peak_bytes(step, times=1 if case.world_size == 1 else 3)
     else:
         weights, gradients = _bytes(chunks[0].parameters()), 0
-        held, peak = least_of_steps(step, foreign)
+        with waiting_for_gloos_threads():
+            held, peak = least_of_steps(step, foreign)
         optimizer = held - weights
     stage = runtime.pipeline_parallel_rank
     shutdown(runtime)
     return Measured(
         stage, weights, gradients, optimizer, peak, sum(loads) / len(loads) if loads else 1.0
     )
+
+
+@contextmanager
+def waiting_for_gloos_threads() -> Iterator[None]:
+    """After each collective they get the time to let go of its tensors.
+
+    They hold them a moment longer than whoever waits for the collective, and on a busy machine so
+    long that a step seems to need a seventh more.
+    """
+    from torch._C._distributed_c10d import Work
+
+    original = Work.wait
+
+    def wait(self: Any, *timeout: Any) -> Any:
+        done = original(self, *timeout)
+        time.sleep(0.003)
+        return done
+
+    setattr(Work, "wait", wait)  # noqa: B010
+    try:
+        yield
+    finally:
+        setattr(Work, "wait", original)  # noqa: B010
 
 
 def make_engine(case: Case, chunks: Any, runtime: Any) -> Any:
@@ -187,7 +213,7 @@ def peak_bytes(action: Callable[[], None], times: int) -> int:
     """Most bytes of torch's CPU allocator that `action` holds at a time, beside what was there.
 
     The least of several `times`, with what earlier ones left: gloo's threads hold on to a tensor a
-    moment longer when other processes have the cores, and have let go of all before the next time.
+    moment longer (`waiting_for_gloos_threads`), and have let go of all before the next time.
     """
     import torch
 
