@@ -274,15 +274,17 @@ def shortfalls(plan: Plan) -> tuple[list[str], list[str]]:
     """A line each where the data ends before the run, and where languages go beyond their caps."""
     ends, beyond = [], []
     if plan.drawn < plan.samples:
+        steps = plan.drawn // plan.global_batch_size
+        shorter = f"train.train_steps={steps} or less" if steps else "more text"
         redistributed = plan.when_exhausted == WhenExhausted.redistribute.value
         ends.append(
             f"The data ends at sample {plan.drawn:,} of {plan.samples:,}, in step "
-            f"{plan.drawn // plan.global_batch_size + 1:,}: "
+            f"{steps + 1:,}: "
             + (
-                "every language that is drawn has reached its cap. Plan a shorter run, or raise "
+                f"every language that is drawn has reached its cap. Use {shorter}, or raise "
                 "data.mixture.max_epochs."
                 if redistributed
-                else "a language has reached its cap. Plan a shorter run, raise "
+                else f"a language has reached its cap. Use {shorter}, raise "
                 "data.mixture.max_epochs, or set data.mixture.when_exhausted=redistribute."
             )
         )
@@ -291,8 +293,9 @@ def shortfalls(plan: Plan) -> tuple[list[str], list[str]]:
         worst = max(broken, key=lambda row: row.epochs / (row.max_epochs or 1))
         beyond.append(
             f"{_languages(len(broken), 'go')} beyond the cap, most of all "
-            f"{worst.language}: {worst.epochs:.4g} epochs, {worst.max_epochs:g} allowed. Lower the "
-            "ratio, plan a shorter run, or raise the cap."
+            f"{worst.language}: {worst.epochs:.4g} epochs, {worst.max_epochs:g} allowed. Give it "
+            "a lower share in data.mixture, lower train.train_steps, or raise the cap, "
+            f"data.mixture.language_max_epochs.{worst.language} or data.mixture.max_epochs."
         )
     return ends, beyond
 

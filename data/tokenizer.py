@@ -20,6 +20,8 @@ from typing import Any, ClassVar
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
+from data.tokenizer_file import TOKENIZER_KINDS, tokenizer_file
+
 END_OF_TEXT = "<|endoftext|>"
 PAD = "<|pad|>"
 SPECIAL_TOKENS = (END_OF_TEXT, PAD)
@@ -46,8 +48,6 @@ _TEKKEN_SPECIALS = [
     *("[IMG_END]", "[PREFIX]", "[MIDDLE]", "[SUFFIX]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"),
     "[TOOL_CONTENT]",
 ]
-
-_KINDS = "a Hugging Face tokenizer.json, a SentencePiece model or a tekken file"
 
 
 class Tokenizer:
@@ -328,14 +328,7 @@ def load_tokenizer(path: Path | str, eod_token: str = "") -> Tokenizer:
     ValueError where the file is none of these or has no such token, and ModuleNotFoundError for a
     SentencePiece model without the package `sentencepiece`.
     """
-    path = Path(path)
-    if path.is_dir():
-        raise ValueError(f"data.tokenizer={path}: a folder; name the file in it, {_KINDS}")
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"data.tokenizer={path}: no such file; leave data.tokenizer empty for the one that "
-            "ships with the package"
-        )
+    path = tokenizer_file(Path(path))
     content = path.read_bytes()
     if _is_sentencepiece(content):
         return SentencePieceTokenizer(content, str(path), eod_token)
@@ -347,15 +340,15 @@ def load_tokenizer(path: Path | str, eod_token: str = "") -> Tokenizer:
             if content.startswith(b"version https://git-lfs")
             else str(error)
         )
-        raise ValueError(f"data.tokenizer={path}: not {_KINDS} ({hint})") from error
+        raise ValueError(f"data.tokenizer={path}: not {TOKENIZER_KINDS} ({hint})") from error
     if isinstance(parsed, dict):
         if isinstance(parsed.get("model"), dict):
             return HuggingFaceTokenizer(content, parsed, str(path), eod_token)
         if isinstance(parsed.get("config"), dict) and isinstance(parsed.get("vocab"), list):
             return TekkenTokenizer(parsed, str(path), eod_token)
     raise ValueError(
-        f'data.tokenizer={path}: not {_KINDS} (JSON, but with neither a "model" nor a "config" and '
-        'a "vocab")'
+        f"data.tokenizer={path}: not {TOKENIZER_KINDS} "
+        '(JSON, but with neither a "model" nor a "config" and a "vocab")'
     )
 
 

@@ -24,6 +24,7 @@ _MEANT = {
     "parallel.expert_model_parallel_size": "ep ep_size expert_parallel_degree "
     "expert_parallel_size expert_parallel",
     "parallel.virtual_pipeline_model_parallel_size": "vpp vp virtual_pipeline_parallel_size",
+    "deepspeed.offload_optimizer": "cpu_offload optimizer_cpu_offload offload_optimizer_to_cpu",
     "deepspeed.zero_stage": "zero zero_stage zero_optimization.stage zero_optimization",
     "optimizer.lr": "learning_rate max_lr",
     "optimizer.clip_grad": "grad_clip gradient_clipping max_grad_norm gradient_clip_val max_norm "
@@ -62,6 +63,13 @@ _ACCUMULATED = "it follows from other settings: train.global_batch_size / (train
 _ACCUMULATED += "x data-parallel size)"
 _REPLICAS = "it follows from other settings: processes / (tensor x context x pipeline)"
 _ONLINE, _DISABLED = "write wandb.mode=online", "write wandb.mode=disabled"
+_DEEPSPEED, _OPTIMIZER_ON_HOST = "write engine=deepspeed", "write deepspeed.offload_optimizer=true"
+_PROCESSES = "torchrun's --nproc-per-node says how many processes there are, and --processes where "
+_PROCESSES += "settings are only checked"
+_SHARE_OF_STEPS = "it is schedule.lr_warmup_steps, which counts steps; write there that share of "
+_SHARE_OF_STEPS += "train.train_steps"
+_UNTIED = "write model.share_embeddings_and_output_weights=false"
+ALL_THERE_ARE = "magnetron-pretrain --cfg job prints all there are"
 TOKENS = "a run's length is in steps: train.train_steps = tokens / (train.global_batch_size x "
 TOKENS += "data.seq_length)"
 ADVICE = {
@@ -90,15 +98,42 @@ ADVICE = {
     **dict.fromkeys(
         ("fp16", "fp16.enabled"), "fp16 is not supported; write parallel.precision=bf16"
     ),
+    **dict.fromkeys(("use_deepspeed", "deepspeed", "deepspeed=true"), _DEEPSPEED),
+    **dict.fromkeys(
+        ("use_deepspeed=false", "deepspeed=false"), "write engine=megatron, which is the default"
+    ),
+    **dict.fromkeys(
+        (
+            "zero_optimization.offload_optimizer.device",
+            "offload_optimizer.device",
+        ),
+        _OPTIMIZER_ON_HOST,
+    ),
+    "zero_optimization.offload_param.device": "write deepspeed.offload_parameters=true",
+    **dict.fromkeys(
+        ("gpus", "num_gpus", "n_gpus", "nproc_per_node", "world_size", "devices", "processes"),
+        _PROCESSES,
+    ),
+    "nodes": "torchrun's --nnodes says how many, and this word is for SLURM jobs",
+    "chain": "this word is for SLURM jobs",
+    "swiglu": "write model.activation=swiglu",
+    "disable_bias_linear": "write model.add_bias_linear=false",
+    "untie_embeddings_and_output_weights": _UNTIED,
+    **dict.fromkeys(("tie_word_embeddings=false", "tie_embeddings=false"), _UNTIED),
+    **dict.fromkeys(("lr_warmup_fraction", "warmup_ratio", "warmup_fraction"), _SHARE_OF_STEPS),
     "fp8": "fp8 is not supported; write parallel.precision=bf16",
     **dict.fromkeys(("train_tokens", "max_tokens", "num_tokens", "total_tokens"), TOKENS),
 }
 
 # values of other frameworks that no value here looks like, though one may be spelled like it
 REFUSED_VALUES = {
+    "wandb.mode": {
+        **dict.fromkeys(("off", "false", "no", "none"), "did you mean disabled?"),
+        **dict.fromkeys(("on", "true", "yes"), "did you mean online?"),
+    },
     "parallel.precision": {
         **{name: f"{name} is not supported, use bf16" for name in ("fp8", "fp16", "half")},
         **dict.fromkeys(("bfloat16", "bf16-mixed", "mixed"), "did you mean bf16?"),
         **dict.fromkeys(("float32", "float", "32"), "did you mean fp32?"),
-    }
+    },
 }

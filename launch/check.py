@@ -14,10 +14,12 @@ nor megatron-core.
 
 import argparse
 import json
+import os
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from data.interrupted import say_interrupted
@@ -63,12 +65,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     machines = Machines(given.processes, given.nodes, given.gpus_per_node, given.device)
     report = check(given.words, machines, config_dir=given.config_dir, known=problems)
     if given.json:
-        print(json.dumps(as_json(report), indent=1, ensure_ascii=False))
+        _say(json.dumps(as_json(report), indent=1, ensure_ascii=False))
     else:
-        print("\n".join(describe(report, everything=given.provenance)))
+        _say("\n".join(describe(report, everything=given.provenance)))
     if report.of(ERROR):
         return 2
     return 1 if given.strict and report.of(WARNING) else 0
+
+
+def _say(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # whoever reads has read enough, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at its end
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -110,15 +119,16 @@ def check(
     """
     began, machines, findings = time.perf_counter(), machines or Machines(), Findings()
     wish = sort_words(words)
-    of_words = [*known, *wish.problems, *repeated(words)]
     findings.errors("settings", [*known, *wish.problems])
-    findings.warnings("settings", repeated(words))
     hidden: list[str] = []
     try:
         hidden = searched(config_dir)
     except ConfigError as error:
         findings.errors("settings", error.problems)
     composed = compose_what_fits(wish.training, hidden)
+    twice = repeated([word for word in words if word not in composed.refused])
+    findings.warnings("settings", twice)
+    of_words = [*known, *wish.problems, *twice]
     findings.errors("settings", composed.problems)
     config, broken = _config(composed, findings)
     cluster, of_cluster = _cluster(wish)
@@ -158,8 +168,11 @@ def check(
     return report
 
 
-def _nonsense_is_told() -> AbstractContextManager[None]:
-    return suppress(ArithmeticError, ValueError)
+@contextmanager
+def _nonsense_is_told() -> Iterator[None]:
+    with warnings.catch_warnings(), suppress(ArithmeticError, ValueError):
+        warnings.simplefilter("ignore", RuntimeWarning)  # numpy's, of the same arithmetic
+        yield
 
 
 def _time(
@@ -201,7 +214,7 @@ def _config(composed: Composition, findings: Findings) -> tuple[PretrainConfig |
 
 def _cluster(wish: Wish) -> tuple[ClusterConfig | None, list[str]]:
     """The site without the words that do not fit it, and what is wrong with these."""
-    if wish.cluster is None and not wish.settings:
+    if wish.cluster is None and not wish.settings and wish.chain == 1:
         return None, []
     try:
         return cluster_that_fits(wish.cluster, wish.settings)

@@ -3,11 +3,9 @@
 Says what `pretrain.checkpoint` would say, in its words. Imports neither torch nor megatron-core.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import yaml  # type: ignore[import-untyped]
-from omegaconf import OmegaConf
 
 from data.run_folders import runs_below
 from launch.check_data import DataFacts
@@ -30,6 +28,7 @@ from pretrain.run_identity import (
     ALL_PARTS,
     DAMAGED_SUFFIX,
     FORMAT,
+    changed_settings,
     identity,
     identity_problem,
     none_sound,
@@ -126,13 +125,14 @@ def _check_sound(config: PretrainConfig, data: DataFacts, path: Path, findings: 
     reader = CheckpointReader(path)
     stored = reader.plain
     state = stored.get("train_state") or {}
-    now = identity(config, data.vocab_size or 0, data.fingerprint or {})
+    saved = stored.get("identity") or {}
+    now = identity(config, data.vocab_size or 0, _stream(config, data, saved.get("data") or {}))
     wanted = {"format": FORMAT, "train_state": TrainState().to_dict(), "identity": now}
     if problem := plain_values_problem(stored, wanted, path):
         findings.errors(TOPIC, [problem])
     parts = _comparable(data)
     consumed = state.get("consumed_sequences", 0)
-    problem = identity_problem(stored.get("identity") or {}, now, path, parts, consumed)
+    problem = identity_problem(saved, now, path, parts, consumed)
     findings.errors(TOPIC, [problem] if problem else [])
     if not problem and data.vocab_size is not None:
         findings.errors(TOPIC, _incomplete(config, data.vocab_size, reader, with_optimizer=True))
@@ -145,19 +145,32 @@ def _check_sound(config: PretrainConfig, data: DataFacts, path: Path, findings: 
                 f"left to train; use train.train_steps={2 * step}, or another run_dir"
             ],
         )
-    else:
+    elif not problem:
         findings.notes(
             TOPIC, [f"the run goes on from {path}, step {step:,} of train.train_steps={steps}"]
         )
-    findings.notes(TOPIC, _changed_since(config, path) if not problem else [])
+    if not problem:
+        _tell_changes(config, data, path, findings)
     leftovers = [f"{folder}: {what}" for folder, what in others(path.parent).items()]
     findings.notes(TOPIC, leftovers)
+
+
+def _stream(config: PretrainConfig, data: DataFacts, saved: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The fingerprint of the stream of samples; as far as it is not known, what was saved."""
+    if data.fingerprint is not None or not saved:
+        return data.fingerprint or {}
+    known = {
+        "seq_length": config.seq_length,
+        "seed": config.data.seed,
+        "packing": config.data.packing.fingerprint(),
+    }
+    return {**saved, **{name: value for name, value in known.items() if name in saved}}
 
 
 def _comparable(data: DataFacts) -> tuple[str, ...]:
     known = {
         "model": data.vocab_size is not None,
-        "data": data.fingerprint is not None,
+        "data": True,
         "train": True,
     }
     return tuple(part for part in ALL_PARTS if known[part])
@@ -183,37 +196,20 @@ def _incomplete(
     return []
 
 
-def _changed_since(config: PretrainConfig, path: Path) -> list[str]:
-    """Settings that differ from those the checkpoint was made with; a resume allows them."""
+def _tell_changes(config: PretrainConfig, data: DataFacts, path: Path, findings: Findings) -> None:
+    """Settings that differ from those the checkpoint was made with: a resume allows them, but for
+    some of the data's, which are known only where the stream of samples is."""
     file = settings_file(path)
-    if file is None:
-        return []
-    try:
-        before = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError):
-        return []
-    if not isinstance(before, dict):
-        return []
-    now_written = yaml.safe_load(OmegaConf.to_yaml(OmegaConf.structured(config)))  # as runs do
-    was, now = _flat(before), _flat(now_written)
-    changed = [
-        f"{name} {was[name]} -> {now[name]}"
-        for name in sorted(was.keys() & now.keys())
-        if was[name] != now[name] and name != "run_dir"
-    ]
-    if not changed:
-        return []
-    return [f"changed since {file}, which a resume allows: {', '.join(changed)}"]
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, dict) and value:
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat
+    changed = changed_settings(config, file) if file is not None else []
+    of_data = [one for one in changed if one.startswith("data.") and data.fingerprint is None]
+    allowed = [one for one in changed if one not in of_data]
+    if allowed:
+        text = f"changed since {file}, which a resume allows: {', '.join(allowed)}"
+        findings.notes(TOPIC, [text])
+    if of_data:
+        text = f"changed since {file}: {', '.join(of_data)}; whether a resume allows that is known "
+        text += "when the text is tokenized and packed: the run may be refused"
+        findings.warnings(TOPIC, [text])
 
 
 def _check_load(config: PretrainConfig, data: DataFacts, findings: Findings) -> None:

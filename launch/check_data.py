@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from data.config import DataConfig, Verify
-from data.corpus import corpus_files, read_blocks
+from data.corpus import read_blocks
 from data.documents import BadDocument, ReadOptions
 from data.open_mixture import built_stores, cache_dir_of, open_mixture, open_tokenizer
 from data.packing_config import PackingConfig
@@ -23,6 +23,7 @@ from data.verify import verify_stores
 from launch.check_languages import chosen, not_of_the_table, of_shipped_text
 from launch.check_mixture import TOPIC, check_mixture
 from launch.check_paths import not_writable, path_of
+from launch.check_presence import find_corpus, stores_are_there
 from launch.findings import Findings, many
 from pretrain.config import PretrainConfig
 from pretrain.run_identity import vocabulary_of
@@ -54,15 +55,12 @@ def check_data(config: PretrainConfig, facts: DataFacts, findings: Findings) -> 
 
 def _check_text(config: PretrainConfig, facts: DataFacts, findings: Findings) -> None:
     store_dir = Path(config.data.store_dir).expanduser() if config.data.store_dir else None
-    if store_dir is not None and not (store_dir / "train").is_dir():
-        findings.errors(
-            TOPIC,
-            [
-                f"data.store_dir={config.data.store_dir}: no folder with a train/ folder of token "
-                "stores in it; python -m data.tokenize makes one"
-            ],
-        )
+    if store_dir is not None and not stores_are_there(config.data, findings):
         return
+    if store_dir is not None and config.data.corpus:
+        unread = f"data.corpus={config.data.corpus} is not read, because data.store_dir="
+        unread += f"{config.data.store_dir} is there; leave one of them out"
+        findings.warnings(TOPIC, [unread])
     tokenizer = _tokenizer(config.data, findings)
     if tokenizer is not None:
         try:
@@ -109,10 +107,8 @@ def _stores_of_corpus(
 ) -> Path | None:
     """The folder of its token stores, where they have been made."""
     corpus = Path(config.corpus).expanduser() if config.corpus else DEMO_CORPUS
-    try:
-        files = corpus_files(corpus)
-    except (FileNotFoundError, ValueError) as error:
-        findings.errors(TOPIC, [str(error)])
+    files = find_corpus(corpus, findings)
+    if not files:
         return None
     size = sum(path.stat().st_size for path in files)
     cache, unwritable = _cache(config, findings)
@@ -142,7 +138,8 @@ def _stores_of_corpus(
             "python -m data.tokenize does it beforehand"
         ],
     )
-    findings.errors(TOPIC, _bad_documents(files[:_FILES_LOOKED_INTO]))
+    bad = _bad_documents(files[:_FILES_LOOKED_INTO])
+    findings.errors(TOPIC, [f"data.corpus={config.corpus}: {text}" for text in bad])
     return None
 
 
@@ -155,21 +152,30 @@ def _cache(config: DataConfig, findings: Findings) -> tuple[bool, list[str]]:
     return False, []
 
 
-def _bad_documents(files: list[Path]) -> Iterator[str]:
-    """The first thing that is wrong with the beginning of each file."""
-    options = ReadOptions()
+def _bad_documents(files: list[Path]) -> list[str]:
+    """The first thing that is wrong with the beginning of each file; the same of several, once."""
+    alike: dict[str, list[str]] = {}
     for path in files:
-        try:
-            block, _ = next(read_blocks(path, options, _LOOKED_AT_BYTES), (None, 0))
-            documents = parse_block(block, options) if block is not None else iter(())
-            bad = next((one for one in documents if isinstance(one, BadDocument)), None)
-        except (OSError, ValueError, ModuleNotFoundError) as error:
-            yield str(error)
-            continue
-        if block is None:
-            yield f"{path}: holds no document; remove it, or write the text again"
-        elif bad is not None:
-            yield f"{bad}; mend or remove the document"
+        for text in _bad_beginning(path):
+            alike.setdefault(text.replace(str(path), ""), []).append(text)
+    return [
+        texts[0] + f"; and so {many(len(texts) - 1, 'other file')}" * (len(texts) > 1)
+        for texts in alike.values()
+    ]
+
+
+def _bad_beginning(path: Path) -> Iterator[str]:
+    try:
+        block, _ = next(read_blocks(path, ReadOptions(), _LOOKED_AT_BYTES), (None, 0))
+        documents = parse_block(block, ReadOptions()) if block is not None else iter(())
+        bad = next((one for one in documents if isinstance(one, BadDocument)), None)
+    except (OSError, ValueError, ModuleNotFoundError) as error:
+        yield str(error)
+        return
+    if block is None:
+        yield f"{path}: holds no document; remove it, or write the text again"
+    elif bad is not None:
+        yield f"{bad}; mend or remove the document"
 
 
 # ---- token stores
@@ -205,6 +211,10 @@ def _open(
     facts: DataFacts,
     findings: Findings,
 ) -> None:
+    try:
+        replace(config.data.mixture)  # keeps its rules
+    except ValueError:  # told with the settings; what a mixture says of these values would be again
+        return
     data = replace(config.data, verify=Verify.none, store_dir=str(folder))
     if data.packing.needs_plan:  # computing one takes minutes, and writes it
         cache, unwritable = _cache(config.data, findings)

@@ -45,7 +45,8 @@ def check_room(
     findings.notes(
         _DISK,
         [
-            f"a checkpoint takes {_gigabytes(size)}, and {at_once} are there at once: "
+            f"a checkpoint takes {_gigabytes(size)}, and "
+            f"{at_once} {'is' if at_once == 1 else 'are'} there at once: "
             f"{_gigabytes(needed)} of the {_gigabytes(free)} free on the file system of {run_dir}"
         ],
     )
@@ -98,7 +99,8 @@ def kept_at_once(config: PretrainConfig) -> int:
         if checkpoint.keep_every and saved < 1_000_000
         else ()
     )
-    return min(saved, checkpoint.keep_last + multiples + best + 1)
+    regular = int(config.anomaly.rolls_back)  # older than what signals added
+    return min(saved, checkpoint.keep_last + multiples + best + regular + 1)
 
 
 def _present_bytes(folder: Path) -> int:

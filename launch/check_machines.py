@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from launch.config import ClusterConfig
-from launch.findings import Findings
+from launch.findings import Findings, many
 from launch.slurm import Wish
 from pretrain.config import PretrainConfig
 
@@ -71,11 +71,11 @@ def plan(
         said = " x ".join(filter(None, (told_nodes, told_per_node)))
         return _of_processes(processes, nodes, per_node, said, findings)
     if per_node is not None:
-        many = nodes or 1
-        where = f"{many} {'node' if many == 1 else 'nodes'} x {per_node}"
+        nodes = nodes or 1
+        where = f"{many(nodes, 'node')} x {per_node}"
         if cluster is not None and machines.gpus_per_node is None:
-            where = f"nodes={many} x {per_node} of the cluster"
-        return Planned(many * per_node, where, many, per_node)
+            where = f"nodes={nodes} x {per_node} of the cluster"
+        return Planned(nodes * per_node, where, nodes, per_node)
     if nodes is not None and nodes > 1:
         findings.errors(
             TOPIC,
@@ -105,15 +105,12 @@ def _of_processes(
         findings.errors(
             TOPIC, [f"{option}: {said} is {nodes * per_node} processes; leave {option} out"]
         )
-        return Planned(processes, "--processes")
-    if nodes is not None and processes % nodes:
-        better = math.ceil(processes / nodes) * nodes
+        return Planned(nodes * per_node, said, nodes, per_node)
+    unit = nodes if per_node is None else per_node if processes > per_node else 1
+    if unit is not None and processes % unit:
+        better = math.ceil(processes / unit) * unit
         findings.errors(TOPIC, [f"{option} must be a multiple of {said}; use {better}"])
-        return Planned(processes, "--processes")
-    if per_node is not None and processes > per_node and processes % per_node:
-        better = math.ceil(processes / per_node) * per_node
-        findings.errors(TOPIC, [f"{option} must be a multiple of {said}; use {better}"])
-        return Planned(processes, "--processes")
+        processes = better  # what follows is of the layout alone
     if per_node is not None:
         nodes, per_node = max(1, processes // per_node), min(per_node, processes)
     elif nodes is not None:
@@ -133,8 +130,8 @@ def check_tensor_ranks(config: PretrainConfig, planned: Planned, findings: Findi
         findings.warnings(
             TOPIC,
             [
-                f"{setting} spans nodes of {here} processes, at the speed of the network; use "
-                f"{here} or less, and {instead}"
+                f"{setting} spans nodes of {many(here, 'process')}, at the speed of the network; "
+                f"use {f'{here} or less' if here > 1 else 1}, and {instead}"
             ],
         )
     elif here % tensor:

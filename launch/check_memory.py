@@ -1,5 +1,6 @@
 """Whether the run fits the memory of its devices, as models/memory.py predicts it."""
 
+from launch.check_engine import refused_on_gpu
 from launch.check_host_memory import check_host_memory, host_room, on_cpu
 from launch.check_machines import Planned
 from launch.config import ClusterConfig
@@ -28,7 +29,8 @@ def check_memory(
     80GiB; None: not said. Where nothing can be predicted for a device, a note says why.
     """
     room, processes = _room(device, findings), planned.processes
-    if obstacle := _obstacle(config, vocab_size):
+    refused = room is not None and config is not None and bool(refused_on_gpu(config))
+    if obstacle := _obstacle(None if refused else config, vocab_size):
         because = [f"memory is not predicted, because {obstacle}"]
         findings.notes(TOPIC, because if device is not None else [])
         return
@@ -61,8 +63,9 @@ def check_memory(
             [
                 f"{readable(peak.total)} are predicted with balanced experts, and "
                 f"{readable(worst)} should all tokens go to those of one rank; --device {device} "
-                f"leaves {readable(room)}: set model.moe.expert_capacity_factor=1.25, or use a "
-                "smaller train.micro_batch_size"
+                f"leaves {readable(room)}: set model.moe.expert_capacity_factor=1.25"
+                + ", or use a smaller train.micro_batch_size"
+                * (config.train.micro_batch_size > 1)
             ],
         )
 

@@ -39,12 +39,12 @@ def _learning_rate(config: PretrainConfig) -> list[str]:
         schedule.lr_decay_style,
     )
     found = []
-    if steps > 1 and 2 * warmup > steps:
+    if 1 < steps < 2 * warmup and warmup <= steps:  # a longer one is refused
         found.append(
             f"schedule.lr_warmup_steps={warmup} is {100 * warmup / steps:.0f} % of "
             f"train.train_steps={steps}: the learning rate "
             + ("never falls" if warmup >= steps else "rises for most of the run")
-            + f"; use {max(1, steps // 100)} to {max(1, steps // 10)}, or a longer run"
+            + f"; use {_range(max(1, steps // 100), max(1, steps // 10))}, or a longer run"
         )
     if style is DecayStyle.constant:
         for name, value in (("lr_decay_steps", decay), ("min_lr", schedule.min_lr or None)):
@@ -70,6 +70,10 @@ def _learning_rate(config: PretrainConfig) -> list[str]:
             f"{config.optimizer.lr / 10:g}, or schedule.lr_decay_style=constant"
         )
     return found
+
+
+def _range(first: int, last: int) -> str:
+    return f"{first} to {last}" if first < last else str(first)
 
 
 def _intervals(config: PretrainConfig, typed: Callable[[str], bool]) -> list[str]:

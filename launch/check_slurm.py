@@ -1,10 +1,10 @@
 """A job as SLURM would get it, and whether its time is enough for what the run is asked to do."""
 
-import shutil
 from pathlib import Path
 
 from launch.findings import Findings
-from launch.slurm import check_partition, check_paths, check_times
+from launch.slurm import check_paths, check_times
+from launch.slurm_partitions import check_partition
 from launch.slurm_script import Job, render
 from launch.status import last_training_record
 from launch.units import minutes_or_hours
@@ -16,15 +16,13 @@ TOPIC = "slurm"
 
 def check_job(job: Job, findings: Findings) -> None:
     """The rules of `launch.slurm`, and what is legal and likely a slip."""
-    broken = check_paths(job) + check_times(job) + check_partition(job)
+    partition = check_partition(job)
+    broken = check_paths(job) + check_times(job) + partition.problems
     findings.errors(TOPIC, broken)
     if not broken:
         render(job)
     findings.warnings(TOPIC, minutes_or_hours("cluster.walltime", job.cluster.walltime))
-    if shutil.which("sbatch") is None:
-        findings.notes(
-            TOPIC, ["sbatch is not on this machine: partitions and limits are not asked for"]
-        )
+    findings.notes(TOPIC, partition.notes)
 
 
 def check_time(config: PretrainConfig, seconds: float, setting: str, findings: Findings) -> None:

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from launch.foreign_flags import options_of, take_flags, words_of_flags
+from launch.foreign_flags import options_of, with_words
 
 
 def words_parser(program: str, description: str | None) -> argparse.ArgumentParser:
@@ -34,11 +34,8 @@ def parse_words(
     Those of other frameworks are among its words as ours, where it is plain which are meant.
     """
     options = options_of(parser)
-    rest, flags = take_flags(sys.argv[1:] if arguments is None else arguments, options)
-    given = parser.parse_intermixed_args(rest)
-    words, problems = words_of_flags(flags, options)
-    given.words += words
-    return given, problems
+    words, problems = with_words(sys.argv[1:] if arguments is None else arguments, options)
+    return parser.parse_intermixed_args(words), problems
 
 
 def run_on_one_cpu(work: Callable[[], None]) -> None:

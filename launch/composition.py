@@ -22,6 +22,7 @@ from launch.schema import (
     CompositionError,
     explain,
     groups,
+    nameless_choices,
     override_of,
     register,
     settings,
@@ -61,6 +62,10 @@ def compose_what_fits(words: Sequence[str], hidden: Sequence[str] = ()) -> Compo
     nameless = [word for word in words if not name_of(word)]  # for which Hydra has no words
     made = Composition(None, [word for word in words if name_of(word)], nameless)
     made.problems += [f"{word} is not SETTING=VALUE: it names no setting" for word in nameless]
+    nameless_files = nameless_choices(made.words)
+    made.problems += nameless_files.values()
+    made.refused += nameless_files
+    made.words = [word for word in made.words if word not in nameless_files]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         while True:
             try:

@@ -9,6 +9,21 @@ from dataclasses import dataclass, field
 from parallel.config import ConfigError, below
 from pretrain.walltime import walltime_seconds
 
+# options of sbatch, long and short, that settings of ours write: a second one would win unseen
+_WRITTEN_BY = {
+    ("--nodes", "-N"): "nodes=N",
+    ("--time", "-t"): "cluster.walltime",
+    ("--partition", "-p"): "cluster.partition",
+    ("--account", "-A"): "cluster.account",
+    ("--qos", "-q"): "cluster.qos",
+    ("--constraint", "-C"): "cluster.constraint",
+    ("--gpus-per-node",): "cluster.gpus_per_node",
+    ("--ntasks-per-node",): "cluster.processes_per_node",
+    ("--cpus-per-task", "-c"): "cluster.cpus_per_node",
+    ("--mem",): "cluster.memory_per_node",
+}
+_OPTION = re.compile(r"--[\w-]+|-\w")
+
 
 @dataclass(kw_only=True)
 class ClusterConfig:
@@ -112,6 +127,12 @@ class ClusterConfig:
                 for argument in arguments
                 if not argument.startswith("-") or "\n" in argument
             ]
+        problems += [
+            f"cluster.sbatch_arguments: {argument!r} is written by {setting}; give it there"
+            for argument in self.sbatch_arguments
+            for options, setting in _WRITTEN_BY.items()
+            if (option := _OPTION.match(argument)) and option[0] in options
+        ]
         problems += [
             f"cluster.environment.{name} is no name of an environment variable"
             for name in self.environment

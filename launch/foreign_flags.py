@@ -7,9 +7,10 @@ import argparse
 import re
 from collections.abc import Sequence
 
+from launch.aliases import ALL_THERE_ARE
 from launch.near_names import advice_on, closest
 from launch.repeated_words import OF_THE_JOB
-from launch.schema import ADDED, groups, settings
+from launch.schema import ADDED, groups, settings, written
 
 # what Hydra itself takes on the launcher's command line
 HYDRAS_OPTIONS = (
@@ -24,27 +25,28 @@ def options_of(parser: argparse.ArgumentParser) -> list[str]:
     return ["--help", *re.findall(r"--[\w-]+", parser.format_usage())]
 
 
-def take_flags(
-    arguments: Sequence[str], options: Sequence[str]
-) -> tuple[list[str], list[tuple[str, str]]]:
-    """The arguments without --NAME [VALUE] of options that there are not, and these.
+def with_words(arguments: Sequence[str], options: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The arguments with words in place of --NAME [VALUE] of options that there are not, where
+    there is no doubt which are meant, else without; and for each such option what is wrong.
 
     A beginning of one of `options` counts as that option, as it does for argparse.
     """
-    rest: list[str] = []
-    flags: list[tuple[str, str]] = []
+    words: list[str] = []
+    problems: list[str] = []
     left = list(arguments)
     while left:
         argument = left.pop(0)
         name, equals, value = argument.partition("=")
         known = any(option.startswith(name) for option in options)
         if not name.startswith("--") or known:
-            rest.append(argument)
+            words.append(argument)
             continue
         if not equals and left and _is_value(left[0]):
             value = left.pop(0)
-        flags.append((name, value))
-    return rest, flags
+        instead, text = _instead(name.lstrip("-").lower().replace("-", "_"), value)
+        words += [instead] if instead else []
+        problems.append(f"{name} {value}".strip() + f": {text or _no_option(name, value, options)}")
+    return words, problems
 
 
 def _is_value(argument: str) -> bool:
@@ -53,21 +55,12 @@ def _is_value(argument: str) -> bool:
     return not argument.startswith(("-", "+", "~")) or bool(_NUMBER.fullmatch(argument))
 
 
-def words_of_flags(
-    flags: Sequence[tuple[str, str]], options: Sequence[str]
-) -> tuple[list[str], list[str]]:
-    """The words to write instead, where there is no doubt, and for each flag what is wrong."""
-    words, problems = [], []
-    for flag, value in flags:
-        typed = f"{flag} {value}".strip()
-        instead, text = _instead(flag.lstrip("-").lower().replace("-", "_"), value)
-        if not text:
-            near = [f"{option} {value}".strip() for option in closest(flag, options)]
-            hint = f"did you mean {' or '.join(near)}?" if near else "leave it out"
-            text = f"there is no such option; {hint}"
-        words += [instead] if instead else []
-        problems.append(f"{typed}: {text}")
-    return words, problems
+def _no_option(flag: str, value: str, options: Sequence[str]) -> str:
+    if flag in HYDRAS_OPTIONS:
+        return "it is an option of the launcher, launch/pretrain.py; leave it out here"
+    near = [f"{option} {value}".strip() for option in closest(flag, options)]
+    hint = f"did you mean {' or '.join(near)}?" if near else f"of settings {ALL_THERE_ARE}"
+    return f"there is no such option; {hint}"
 
 
 def _instead(name: str, value: str) -> tuple[str | None, str]:
@@ -84,7 +77,7 @@ def _instead(name: str, value: str) -> tuple[str | None, str]:
     near = [one for one in near if _means(name.removeprefix("no_"), one)]
     if not near:
         return None, ""
-    words = [f"{one}={value or _unsaid(one, off)}" for one in near]
+    words = [f"{one}={written(one, value) if value else _unsaid(one, off)}" for one in near]
     sure = len(words) == 1 and not words[0].endswith("=VALUE")
     return words[0] if sure else None, f"settings are words here; write {' or '.join(words)}"
 

@@ -37,13 +37,12 @@ def way_out(
     host; None: not known.
     """
     tried: Counter[EngineKind] = Counter()
-    refused_already = set(refused_on_gpu(config))
     for candidate in leaner(config, processes):
         if tried[candidate.engine] == _MOST_TRIED:
             continue
         if _at_least(candidate, processes, vocab_size) > room:
             continue
-        if set(refused_on_gpu(candidate)) - refused_already or not allowed(candidate, processes):
+        if refused_on_gpu(candidate) or not allowed(candidate, processes):
             continue
         tried[candidate.engine] += 1
         peak = predict_memory_of_run(

@@ -33,10 +33,10 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from launch.foreign_flags import HYDRAS_OPTIONS, take_flags, words_of_flags
+from launch.foreign_flags import HYDRAS_OPTIONS, with_words
 from launch.mixture_file import short_name, with_mixture_files
 from launch.repeated_words import repeated
-from launch.schema import CONF, CompositionError, explain, register, validated
+from launch.schema import CONF, CompositionError, explain, nameless_choices, register, validated
 from launch.slurm_environment import adopt_slurm_ranks
 from parallel.config import ConfigError
 from pretrain.stop_signal import stop_signal
@@ -113,9 +113,10 @@ def main() -> None:
     register()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra passes errors on instead of wording them itself
     try:
-        sys.argv[1:], flags = take_flags(sys.argv[1:], HYDRAS_OPTIONS)
-        if flags:
-            raise ConfigError(*words_of_flags(flags, HYDRAS_OPTIONS)[1])
+        sys.argv[1:], problems = with_words(sys.argv[1:], HYDRAS_OPTIONS)
+        problems += nameless_choices(sys.argv[1:]).values()
+        if problems:
+            raise ConfigError(*problems)
         sys.argv[1:] = with_mixture_files(sys.argv[1:])
         hydra.main(version_base="1.3", config_path=str(CONF), config_name="pretrain")(launch)()
     except (*CompositionError, ConfigError) as error:

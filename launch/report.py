@@ -1,6 +1,6 @@
 """A run as one HTML page that works without a network.
 
-    python -m launch.report RUN [--out PAGE.html]
+    python -m launch.report RUN [--out PAGE.html|FOLDER]
 
 RUN is a run's folder; it may still be running. Default page: RUN/report.html.
 """
@@ -22,10 +22,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m launch.report", description=__doc__.splitlines()[0] if __doc__ else None
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
-    parser.add_argument("--out", type=Path, help="the page to write (default: RUN/report.html)")
+    parser.add_argument(
+        "--out", type=Path, help="the page to write, or a folder for it (default: RUN)"
+    )
     given = parser.parse_args(arguments)
     try:
-        page = write_html_report(given.run, given.out)
+        page = given.out
+        if page is not None and page.is_dir():
+            page = page / "report.html"
+        page = write_html_report(given.run, page)
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

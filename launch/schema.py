@@ -19,11 +19,13 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, QuotedString, Sweep
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
-from launch.aliases import REFUSED_VALUES
+from launch.aliases import ADVICE, ALL_THERE_ARE, REFUSED_VALUES
 from launch.findings import accused, naming
 from launch.mixture_file import WORD, with_mixture_files
 from launch.near_names import advice_on, closest
@@ -37,6 +39,7 @@ from pretrain.config_rules import validate
 CONF = Path(__file__).resolve().parent.parent / "conf"
 ADDED = ("model", "experiment")  # groups chosen with a + in front: no default stands for them
 SITES = "cluster"  # not a group of the launcher's: launch.site_settings reads these files
+SWEEPS = "sweep"  # neither: launch.sweep does
 
 Built = typing.TypeVar("Built")
 
@@ -146,6 +149,8 @@ def _build(
                     continue
             elif OmegaConf.is_config(value):
                 value = OmegaConf.to_object(value)
+                value, found = _without_nested(f"{node._get_full_key(name)}", value, overrides)
+                problems += found
         except InterpolationToMissingValueError:
             continue
         except (ValueError, OmegaConfBaseException) as error:
@@ -163,6 +168,20 @@ def _build(
     return unchecked, problems
 
 
+def _without_nested(key: str, value: Any, overrides: Sequence[str]) -> tuple[Any, list[str]]:
+    """A list of values without the lists and tables among them, which OmegaConf lets pass, and what
+    is wrong with those."""
+    element = next(iter(typing.get_args(settings().get(key))), None)
+    if not isinstance(value, list) or element not in (str, int, float):
+        return value, []
+    wrong = [i for i, entry in enumerate(value) if isinstance(entry, (list, dict))]
+    typed = override_of(key, overrides) or f"{key}={value}"
+    rule = rule_of(element)[0]
+    return [entry for i, entry in enumerate(value) if i not in wrong], [
+        f"{typed}: entry {i + 1} must be {rule}" for i in wrong
+    ]
+
+
 def shipped_models() -> dict[str, ModelConfig]:
     """The models of conf/model, smallest first."""
     models = {path.stem: _model(path) for path in (CONF / "model").glob("*.yaml")}
@@ -178,13 +197,16 @@ def explain(error: Exception, overrides: Sequence[str] = ()) -> ConfigError:
     # Hydra wraps an error of an override (cause) and quotes one of a YAML file (text)
     text = f"{error}\n{error.__cause__ or ''}"
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
-        return ConfigError(_no_such_file(error.missing_cfg_file))
-    if re.search(rf"Could not override '{SITES}'\.", text):
-        return ConfigError(f"{_typed(SITES, overrides)} is a word for python -m launch.slurm")
+        asker = re.match(r"In '([^']+)':", text)
+        return ConfigError(
+            _no_such_file(error.missing_cfg_file, overrides, asker[1] if asker else None)
+        )
+    if found := re.search(rf"Could not override '({SITES}|{SWEEPS})'\.", text):
+        return ConfigError(_of_another_command(found[1], overrides))
     if found := re.search(r"Could not override '(\w+)'\. No match in the defaults list", text):
         return ConfigError(_not_yet_chosen(found[1], overrides))
-    if found := re.search(r"Multiple values for (\w+)\.", text):
-        return ConfigError(_already_chosen(found[1], overrides))
+    if found := re.search(r"Multiple values for (\w+)\.|^(\w+) appears more than once", text):
+        return ConfigError(_already_chosen(found[1] or found[2], overrides))
     if isinstance(error, OverrideParseException):
         return ConfigError(_unreadable(error.override, text))
     if found := re.search(r"An item is already at '(.+)'", text):
@@ -208,7 +230,9 @@ def _unreadable(word: str, text: str) -> str:
     name, equals, value = word.partition("=")
     if not equals and (meant := _with_a_value(word)):
         return f"{word} is not SETTING=VALUE; write {meant}"
-    could_be_text = value and not set(value) & set("[]{}()'\"")
+    if value.startswith("="):
+        return f"{word}: one = is enough; write {name}={value.lstrip('=')}"
+    could_be_text = value and not set(value) & set("[]{}()'\"") and str in _kinds(_annotation(name))
     hint = f"; if the value is text, quote it: \"{name}='{value}'\"" if could_be_text else ""
     return f"{word} is not SETTING=VALUE as Hydra reads it: {reason}{hint}"
 
@@ -228,8 +252,7 @@ def _with_a_value(name: str) -> str | None:
 
 def _several_values(word: str) -> str:
     name, _, value = word.lstrip("+").partition("=")
-    kind = _annotation(name)
-    if meant := number_meant(name, value, (kind, *typing.get_args(kind))):
+    if meant := number_meant(name, value, _kinds(_annotation(name))):
         return f"{word} is no number; {meant}"
     return f"{word} is a list or a sweep; write [a,b] for a list, add --multirun for a sweep"
 
@@ -242,12 +265,16 @@ def _wrong_setting(key: str, text: str, overrides: Sequence[str]) -> str:
     override = override_of(key, overrides, value[1] if value else None)
     file = re.search(r"In '([^']+)': \w+ raised while composing", text)
     where = f"{file[1]}.yaml: " if file and not override else ""
-    if re.search(r"Key '.*' (is )?not in", text):
+    if found := re.search(r"Key '.*' not in '(\w+)'", text):
+        return where + _no_such_setting(key, overrides, _entries().get(found[1]))
+    if re.search(r"Key '.*' is not in", text):
         return where + _no_such_setting(key, overrides)
     if found := re.search(r"Interpolation key '(.*)' not found", text):
         return f"{where}{key} refers to ${{{found[1]}}}, which does not exist"
     if "does not support deletion" in text:
         return f"{override}: a setting cannot be taken away; it has its default when not named"
+    if key in _sections() and override and (advice := ADVICE.get(override.lower())):
+        return f"{override}: {key} is a group of settings; {advice}"
     if key in _sections():
         members = [name for name in settings() if name.startswith(f"{key}.")]
         return f"{where}{override or key}: {key} is a group of settings: {', '.join(members)}"
@@ -260,11 +287,30 @@ def _wrong_setting(key: str, text: str, overrides: Sequence[str]) -> str:
         return f"{where}{typed}: entry {int(entry[2]) + 1} must be {rule_of(element)[0]}"
     rule, choices = rule_of(annotation)
     given = typed.partition("=")[2]
-    hint = number_meant(key, given, (annotation, *typing.get_args(annotation)))
+    hint = number_meant(key, given, _kinds(annotation))
     hint = hint or REFUSED_VALUES.get(key, {}).get(given.lower())
     if hint is None and (meant := closest(given, choices)):
         hint = f"did you mean {meant[0]}?"
+    if where and choices and given in ("True", "False"):
+        hint = f"{hint or ''} YAML takes on, off, yes and no for true and false".strip()
     return f"{where}{typed} must be {rule}" + (f"; {hint}" if hint else "")
+
+
+def written(setting: str, value: str) -> str:
+    """`value` as the setting takes it, where it is plain what that is: 10000 for 10k, rms_norm for
+    RMSNorm."""
+    annotation = settings()[setting]
+    kinds, (_, choices) = _kinds(annotation), rule_of(annotation)
+    if choices:
+        return value if value in choices else next(iter(closest(value, choices)), value)
+    try:
+        _ = {int: int, float: float}[next(kind for kind in (int, float) if kind in kinds)](value)
+    except StopIteration:  # text
+        return value
+    except ValueError:
+        meant = number_meant(setting, value, kinds) or ""
+        return meant.partition(f"{setting}=")[2] if meant.startswith("write ") else value
+    return value
 
 
 def _not_in_the_environment(name: str, key: str, overrides: Sequence[str]) -> str:
@@ -274,28 +320,83 @@ def _not_in_the_environment(name: str, key: str, overrides: Sequence[str]) -> st
     )
 
 
-def _no_such_setting(key: str, overrides: Sequence[str]) -> str:
+def _no_such_setting(key: str, overrides: Sequence[str], cls: type | None = None) -> str:
+    """cls: of whose objects there is a list, as of stages, in one of which there is not the key."""
+    if cls is not None:
+        meant = closest(key, [field.name for field in dataclasses.fields(typing.cast(Any, cls))])
+        hint = f"; did you mean {' or '.join(meant)}?" if meant else ""
+        typed = next((word for word in overrides if key in word), key)
+        return f"{typed}: there is no setting {key} in an entry of this list{hint}"
     typed = _typed(key, overrides)
     name, _, value = typed.lstrip("+~").partition("=")
+    if key.startswith(f"{name}."):  # in a table that was typed
+        name, value = key, ""
+    if name in ADDED and value:
+        return (
+            f"{typed}: its file has no line `# @package _global_`, so that its settings lie below "
+            f"{name}; write that as its first"
+        )
+    if name == SWEEPS:
+        return _of_another_command(name, overrides)
     typed_as = {group: f"+{group}" if group in ADDED else group for group in groups()}
     names = [*settings(), *typed_as] if "." not in name else list(settings())
     near, advice = advice_on(name, value, names)
     if near:
         advice = f"did you mean {' or '.join(typed_as.get(one, one) for one in near)}?"
-    return f"{typed}: there is no setting {name}; {advice or '--cfg job prints all there are'}"
+    return f"{typed}: there is no setting {name}; {advice or ALL_THERE_ARE}"
 
 
-def _no_such_file(path: str) -> str:
+def _of_another_command(group: str, overrides: Sequence[str]) -> str:
+    typed = _typed(group, overrides)
+    if group == SITES:
+        return f"{typed} is a word for python -m launch.slurm"
+    return f"{typed} is no word of a run's; python -m launch.sweep design takes files of conf/sweep"
+
+
+def _no_such_file(path: str, overrides: Sequence[str], asker: str | None) -> str:
+    """asker: the file whose defaults list names it; None for the command line."""
     group, _, name = path.rpartition("/")
-    there = sorted(file.stem for file in (CONF / group).glob("*.yaml"))
+    there = _files_of(group)
     plus = "+" if group in ADDED else ""
     if not group or not there:
-        return f"{path}.yaml is not among the configuration files"
-    meant = [f"{plus}{group}={near}" for near in closest(name, there)]
+        its_group = group.rpartition("/")[2]
+        slash = f"; write `/{its_group}: {name}` in its defaults, with a slash"
+        where = f"{asker}.yaml: " if asker else ""
+        return f"{where}{path}.yaml is not among the configuration files" + slash * (
+            asker is not None and its_group in groups()
+        )
+    typed, meant = f"{plus}{group}={name}", closest(name, there)
+    if asker is not None and override_of(group, overrides, name) is None:  # nobody typed it
+        typed = f"{asker}.yaml: `/{group}: {name}` of its defaults"
+    else:
+        meant = [f"{plus}{group}={near}" for near in meant]
     hint = f"; did you mean {' or '.join(meant)}?" if meant else "."
-    return (
-        f"{plus}{group}={name}: there is no conf/{path}.yaml{hint} Choose from {', '.join(there)}"
-    )
+    return f"{typed}: there is no conf/{path}.yaml{hint} Choose from {', '.join(there)}"
+
+
+def nameless_choices(words: Sequence[str]) -> dict[str, str]:
+    """What is wrong with words such as parallel=2, by the word; Hydra fails on them unexplained."""
+    return {
+        word: f"{word} names no file of conf/{group}; choose from {', '.join(_files_of(group))}"
+        for word in words
+        if (group := word.lstrip("+").partition("=")[0]) in groups() and group != WORD
+        if "=" in word and not _may_name_files(word)
+    }
+
+
+def _files_of(group: str) -> list[str]:
+    return sorted(file.stem for file in (CONF / group).glob("*.yaml"))
+
+
+def _may_name_files(word: str) -> bool:
+    try:
+        value = OverridesParser.create().parse_override(word).value()
+    except HydraException:  # which Hydra will say
+        return True
+    values = value.list if isinstance(value, ChoiceSweep) else value
+    if not isinstance(values, list):
+        values = [values]
+    return all(isinstance(one, (str, dict, QuotedString, Sweep)) for one in values)
 
 
 def _not_yet_chosen(group: str, overrides: Sequence[str]) -> str:
@@ -308,7 +409,16 @@ def _not_yet_chosen(group: str, overrides: Sequence[str]) -> str:
 
 def _already_chosen(group: str, overrides: Sequence[str]) -> str:
     typed = _typed(group, [word for word in overrides if word.startswith("+")])
-    return f"{typed}: a {group} is chosen already; replace it with {typed.lstrip('+')}"
+    if typed == group:  # nobody typed it
+        return (
+            f"the defaults of a file choose {group} a second time; write `override /{group}: NAME` "
+            "there"
+        )
+    return f"{typed}: {_a(group)} is chosen already; replace it with {typed.lstrip('+')}"
+
+
+def _a(noun: str) -> str:
+    return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
 
 
 def _no_model() -> str:
@@ -366,6 +476,17 @@ def settings() -> dict[str, Any]:
 
 
 @cache
+def _entries() -> dict[str, type]:
+    """The dataclasses that settings are lists of, by name."""
+    classes = (cls for annotation in settings().values() for cls in typing.get_args(annotation))
+    return {
+        cls.__name__: cls
+        for cls in classes
+        if isinstance(cls, type) and dataclasses.is_dataclass(cls)
+    }
+
+
+@cache
 def _sections() -> set[str]:
     return {name.rpartition(".")[0] for name in settings()} - {""}
 
@@ -374,13 +495,20 @@ def _sections() -> set[str]:
 def groups() -> list[str]:
     """Folders of conf that a command line chooses files of."""
     folders = (folder.name for folder in CONF.iterdir() if folder.is_dir())
-    return sorted({*folders, WORD} - {SITES})
+    return sorted({*folders, WORD} - {SITES, SWEEPS})
 
 
 def _annotation(key: str) -> Any:
     """Type of a setting, or of an entry of a table of settings; None for any other key."""
     table = settings().get(key.rpartition(".")[0])
     return typing.get_args(table)[1] if table is not None else settings().get(key)
+
+
+def _kinds(annotation: Any) -> tuple[Any, ...]:
+    """The types that one value of this type may have; none for tables and lists of values."""
+    if typing.get_origin(annotation) in (dict, list):
+        return ()
+    return (annotation, *typing.get_args(annotation))
 
 
 def _walk(cls: type, prefix: str) -> Iterator[tuple[str, Any]]:

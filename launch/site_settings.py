@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import yaml  # type: ignore[import-untyped]
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from launch.config import ClusterConfig
@@ -37,40 +37,64 @@ def cluster_that_fits(name: str | None, settings: Sequence[str]) -> tuple[Cluste
 
     Raises ConfigError where the site itself cannot be had.
     """
-    path = _site(name)
-    cluster = _changed(name, path, [])
+    values, of_file = _values_that_fit(name, _site(name))
+    try:
+        cluster = _changed(name, values, [])
+    except ConfigError as error:
+        raise ConfigError(*of_file, *error.problems) from None
     kept: list[str] = []
     left = list(settings)
     while left:
         wrong = {}
         try:  # all of them: some fit only together
-            return _changed(name, path, [*kept, *left]), []
+            return _changed(name, values, [*kept, *left]), of_file
         except ConfigError:
             pass
         for word in left:
             try:
-                cluster = _changed(name, path, [*kept, word])
+                cluster = _changed(name, values, [*kept, word])
                 kept.append(word)
             except ConfigError as error:
                 wrong[word] = error.problems
         if len(wrong) == len(left):
-            return cluster, [line for lines in wrong.values() for line in lines]
+            return cluster, of_file + [line for lines in wrong.values() for line in lines]
         left = list(wrong)
-    return cluster, []
+    return cluster, of_file
 
 
-def _changed(name: str | None, path: Path, settings: Sequence[str]) -> ClusterConfig:
+def _values_that_fit(name: str | None, path: Path) -> tuple[DictConfig, list[str]]:
+    """What a site's file says, without the entries that no setting takes, and what is wrong with
+    those. Raises ConfigError where the file holds no settings."""
+    try:
+        values = OmegaConf.load(path)
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"cluster={name}: {' '.join(str(error).split())}") from None
+    if not isinstance(values, DictConfig):
+        raise ConfigError(f"cluster={name}: {path} must hold settings, as in nodes of generic.yaml")
+    schema = OmegaConf.structured(ClusterConfig)
+    wrong = {}
+    for key in map(str, values):
+        if key not in schema:
+            wrong[key] = _unknown(key, f"{path.name}: ", [str(one) for one in schema])
+            continue
+        try:
+            OmegaConf.merge(schema, {key: values[key]})
+        except OmegaConfBaseException:
+            rule = rule_of(typing.get_type_hints(ClusterConfig)[key])[0]
+            wrong[key] = f"{path.name}: {key}={values[key]} must be {rule}"
+    for key in wrong:
+        del values[key]
+    return values, list(wrong.values())
+
+
+def _changed(name: str | None, values: DictConfig, settings: Sequence[str]) -> ClusterConfig:
     schema = OmegaConf.structured(ClusterConfig)
     known = [str(key) for key in schema]
     try:
-        values = OmegaConf.load(path)
         changes = OmegaConf.from_dotlist([_as_text(word) for word in settings])
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"cluster={name}: {' '.join(str(error).split())}") from None
-    if not OmegaConf.is_dict(values):
-        raise ConfigError(f"cluster={name}: {path} must hold settings, as in nodes of generic.yaml")
-    unknown = [_unknown(str(key), f"{path.name}: ", known) for key in values if key not in known]
-    unknown += [_unknown(word, "cluster.", known) for word in settings if _key(word) not in known]
+    unknown = [_unknown(word, "cluster.", known) for word in settings if _key(word) not in known]
     if unknown:
         raise ConfigError(*unknown)
     try:

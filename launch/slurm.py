@@ -18,7 +18,6 @@ megatron-core.
 
 import json
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -31,12 +30,16 @@ if __name__ == "__main__":
     say_interrupted()  # also amid the imports below
 
 from launch.check_engine import refused_on_gpu
+from launch.check_presence import absent
 from launch.check_scale import too_much_for_shipped_text
 from launch.command_line import add_config_dir, parse_words, words_parser
 from launch.config import ClusterConfig
+from launch.findings import many
 from launch.repeated_words import repeated
 from launch.schema import load
 from launch.site_settings import load_cluster
+from launch.slurm_commands import SlurmError, ask_slurm
+from launch.slurm_partitions import check_partition
 from launch.slurm_script import Job, grace_seconds, render
 from launch.status import SUBMITTED, last_training_record, remaining_seconds
 from launch.units import minutes_or_hours
@@ -44,11 +47,7 @@ from parallel.config import ConfigError
 from pretrain.config import PretrainConfig
 from pretrain.config_rules import validate
 from pretrain.progress import format_duration
-from pretrain.walltime import walltime_seconds
-
-
-class SlurmError(Exception):
-    """SLURM is not here, or did not do what it was asked."""
+from pretrain.walltime import grace_problem, walltime_seconds
 
 
 @dataclass
@@ -75,12 +74,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         wish = sort_words(given.words)
         wish.problems += problems
         wish.config_dir = given.config_dir
-        job = make_job(wish)
+        job, unchecked = make_job(wish)
     except ConfigError as error:
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr)
         return 2
-    lines = describe(job, wish.chain)
+    lines = describe(job, wish.chain, unchecked)
     lines += [f"warning: {text}" for text in repeated(given.words)]
     print("\n".join(lines), file=sys.stderr)
     if not given.submit:
@@ -89,6 +88,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     try:
         submit(job, wish.chain)
+    except OSError as error:
+        print(
+            f"error: run_dir={job.config.run_dir}: the script cannot be written there "
+            f"({error.strerror}: {error.filename}); choose another run_dir",
+            file=sys.stderr,
+        )
+        return 1
     except SlurmError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -114,8 +120,11 @@ def sort_words(words: Sequence[str]) -> Wish:
     return wish
 
 
-def make_job(wish: Wish) -> Job:
-    """Raises ConfigError with everything that can be found wrong before there is a job."""
+def make_job(wish: Wish) -> tuple[Job, list[str]]:
+    """The job, and what could not be looked at, with the reason.
+
+    Raises ConfigError with everything that can be found wrong before there is a job.
+    """
     problems = list(wish.problems)
     cluster: ClusterConfig | None = None
     config: PretrainConfig | None = None
@@ -137,11 +146,12 @@ def make_job(wish: Wish) -> Job:
         folder=Path.cwd(),
         python=cluster.python or sys.executable,
     )
-    problems += check_paths(job) + check_layout(job) + check_times(job) + check_partition(job)
+    partition = check_partition(job)
+    problems += check_paths(job) + check_layout(job) + check_times(job) + partition.problems
     problems += refused_on_gpu(config) if cluster.gpus_per_node else []
     if problems:
         raise ConfigError(*problems)
-    return job
+    return job, partition.notes
 
 
 def searched(config_dir: str | None) -> list[str]:
@@ -188,66 +198,13 @@ def check_layout(job: Job) -> list[str]:
 
 
 def check_times(job: Job) -> list[str]:
-    grace, walltime = grace_seconds(job.config), walltime_seconds(job.cluster.walltime)
-    if grace < walltime:
-        return []
-    return [
-        f"fault_tolerance.grace_seconds={grace} must be shorter than cluster.walltime="
-        f"{job.cluster.walltime}, or the run is told to stop before it has started"
-    ]
+    problem = grace_problem(grace_seconds(job.config), "cluster.walltime", job.cluster.walltime)
+    return [problem] if problem else []
 
 
-def check_partition(job: Job) -> list[str]:
-    """What the site's partitions do not allow, where SLURM is here to tell."""
-    partitions = list_partitions()
-    name, walltime = job.cluster.partition, walltime_seconds(job.cluster.walltime)
-    if name is None or not partitions:
-        return []
-    if name not in partitions:
-        return [f"cluster.partition={name}: there is none; choose from {', '.join(partitions)}"]
-    nodes, limit = partitions[name]
-    problems = []
-    if job.nodes > nodes:
-        problems.append(f"nodes={job.nodes}: cluster.partition={name} has {nodes}; use at most so")
-    if limit is not None and walltime > limit:
-        problems.append(
-            f"cluster.walltime={job.cluster.walltime} is more than cluster.partition={name} "
-            f"allows; use {_as_walltime(limit)} or less, and chain=N for a run that takes longer"
-        )
-    return problems
-
-
-def list_partitions() -> dict[str, tuple[int, float | None]]:
-    """Name -> (number of nodes, longest job in seconds, None: any); empty where SLURM is silent."""
-    if shutil.which("sinfo") is None:
-        return {}
-    try:
-        told = _slurm("sinfo", "--noheader", "--format=%R|%D|%l")
-    except SlurmError:
-        return {}
-    partitions: dict[str, tuple[int, float | None]] = {}
-    for line in told.splitlines():
-        name, nodes, limit = line.split("|")
-        before = partitions.get(name, (0, None))[0]
-        partitions[name] = (before + int(nodes), _limit_seconds(limit))
-    return partitions
-
-
-def _limit_seconds(text: str) -> float | None:
-    """A limit as sinfo prints it: [[D-]H:]MM:SS or infinite."""
-    if not text[0].isdigit():
-        return None
-    return walltime_seconds(text if text.count(":") == 2 else f"0:{text}")
-
-
-def _as_walltime(seconds: float) -> str:
-    days, rest = divmod(int(seconds), 24 * 3600)
-    clock = f"{rest // 3600:02d}:{rest // 60 % 60:02d}:{rest % 60:02d}"
-    return f"{days}-{clock}" if days else clock
-
-
-def describe(job: Job, chain: int) -> list[str]:
-    """What the job is and what it costs, a line for each thing."""
+def describe(job: Job, chain: int, unchecked: Sequence[str] = ()) -> list[str]:
+    """What the job is and what it costs, a line for each thing; what was not looked at, and what
+    may go wrong."""
     cluster, config = job.cluster, job.config
     seconds = walltime_seconds(cluster.walltime)
     units, unit = (job.gpus, "GPU") if job.gpus else (job.nodes, "node")
@@ -258,7 +215,8 @@ def describe(job: Job, chain: int) -> list[str]:
         f"run       {job.run_dir}",
         f"training  {config.model.name}, {config.train.train_steps:,} steps of "
         f"{config.train.global_batch_size:,} sequences",
-        f"job       {job.name} on {where}: {job.nodes} nodes{gpus}, {job.processes} processes",
+        f"job       {job.name} on {where}: {many(job.nodes, 'node')}{gpus}, "
+        f"{many(job.processes, 'process')}",
         f"time      {cluster.walltime} a job, {hours:,.1f} {unit}-hours; started now it would end "
         f"{_clock(seconds)}",
     ]
@@ -269,8 +227,8 @@ def describe(job: Job, chain: int) -> list[str]:
         )
     lines.append(
         f"end       saves {grace_seconds(config)} s before its time is up; requeued up to "
-        f"{cluster.max_requeues} times; {cluster.max_failures} starts in a row without a new "
-        "checkpoint end it"
+        f"{many(cluster.max_requeues, 'time')}; {cluster.max_failures} starts in a row without a "
+        "new checkpoint end it"
     )
     if chain > 1:
         lines.append(f"chain     {chain} jobs, at most {chain * hours:,.1f} {unit}-hours")
@@ -280,7 +238,10 @@ def describe(job: Job, chain: int) -> list[str]:
             f"note      parallel.tensor_model_parallel_size={tensor} spans nodes of "
             f"{cluster.processes} processes, at the speed of the network"
         )
-    warnings = too_much_for_shipped_text(config, job.processes)
+    lines += [f"note      {text}" for text in unchecked]
+    # warnings, for the nodes may see file systems that a login node does not
+    warnings = [f"{text} (as this machine sees it)" for text in absent(config.data)]
+    warnings += too_much_for_shipped_text(config, job.processes)
     warnings += minutes_or_hours("cluster.walltime", cluster.walltime)
     return lines + [f"warning: {text}" for text in warnings]
 
@@ -292,7 +253,7 @@ def _clock(seconds: float) -> str:
 def submit(job: Job, chain: int) -> None:
     """Writes the script into the run's folder and hands it to SLURM `chain` times.
 
-    Raises SlurmError; the script stays.
+    Raises OSError where the folder cannot be written, SlurmError; the script stays.
     """
     job.script.parent.mkdir(parents=True, exist_ok=True)
     (job.run_dir / "logs").mkdir(exist_ok=True)  # SLURM does not make it, and would write nothing
@@ -304,23 +265,12 @@ def submit(job: Job, chain: int) -> None:
             f"folder at the same place: sbatch {job.script}"
         )
     for _ in range(chain):
-        number = _slurm("sbatch", "--parsable", str(job.script)).strip().partition(";")[0]
+        number = ask_slurm("sbatch", "--parsable", str(job.script)).strip().partition(";")[0]
         with open(job.run_dir / SUBMITTED, "a", encoding="utf-8") as file:
             file.write(json.dumps({"time": round(time.time(), 3), "job_id": number}) + "\n")
         print(f"submitted job {number}")
     print(f"script    {job.script}\nlogs      {job.run_dir}/logs/slurm-{number}*.log")
     print(f"how it is python -m launch.status {job.config.run_dir}")
-
-
-def _slurm(*command: str) -> str:
-    """What a SLURM command prints. Raises SlurmError with its own words where it refuses."""
-    try:
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    except subprocess.TimeoutExpired:
-        raise SlurmError(f"{command[0]} does not answer; is SLURM's controller down?") from None
-    if ended.returncode:
-        raise SlurmError(f"{' '.join(command)}: {ended.stderr.strip()}")
-    return ended.stdout
 
 
 if __name__ == "__main__":

@@ -86,6 +86,16 @@ if is_finished; then
   exit 0
 fi
 
+# Preempted without a grace time, or with a node of it dead, a job is requeued by SLURM itself, which
+# asks no script; so for the last start SLURM has to be told beforehand.
+if ((MAX_REQUEUES > 0 && ${SLURM_RESTART_COUNT:-0} >= MAX_REQUEUES)); then
+  if scontrol update JobId="$SLURM_JOB_ID" Requeue=0; then
+    say "the last start, as cluster.max_requeues=$MAX_REQUEUES: SLURM is told not to requeue the job"
+  else
+    say "the last start, as cluster.max_requeues=$MAX_REQUEUES; but SLURM may requeue the job itself"
+  fi
+fi
+
 HEAD=${HEAD:-} # a line of cluster.setup may name the address by which the other nodes reach the first
 if [ -z "$HEAD" ]; then
   HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from pretrain.events import read_events
 from pretrain.progress import format_duration
 from pretrain.run_status import FAILED, FINISHED, STATUS_FILE, STOPPED, read_status
 
-METRICS_FILE = "metrics.jsonl"  # pretrain.tracker's, which would take longer to import
+METRICS_FILE = "metrics.jsonl"  # pretrain.metrics_file's, which would take longer to import
 SUBMITTED = Path("slurm", "submitted.jsonl")  # job numbers, one line for each, by launch.slurm
 CHECKPOINTS = "checkpoints"
 LOCK = "lock"  # pretrain.run_lock's, whose time stamp a run renews also where the disk is full
@@ -197,7 +198,8 @@ def job_numbers(run_dir: Path) -> list[str]:
     except OSError:
         lines = []
     for line in lines:
-        numbers[json.loads(line)["job_id"]] = None
+        with suppress(ValueError):  # cut off, as by a disk that was full
+            numbers[json.loads(line)["job_id"]] = None
     wrote = (read_status(run_dir) or {}).get("slurm_job_id")
     if wrote:
         numbers[str(wrote)] = None
@@ -215,9 +217,10 @@ def ask_slurm(numbers: Sequence[str]) -> dict[str, dict[str, str]]:
         ended = subprocess.run(
             [*command, f"--jobs={','.join(numbers)}"], capture_output=True, text=True, timeout=5
         )
-    except subprocess.TimeoutExpired:
+    except (subprocess.TimeoutExpired, OSError):
         return {}
-    rows = [dict(zip(names, line.split("|"), strict=True)) for line in ended.stdout.splitlines()]
+    told = [line.split("|") for line in ended.stdout.splitlines()]
+    rows = [dict(zip(names, words, strict=True)) for words in told if len(words) == len(names)]
     return {row["job_id"]: row for row in rows}
 
 

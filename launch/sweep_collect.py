@@ -15,7 +15,7 @@ from data.scaling_law.design import PlannedRun
 from data.scaling_law.runs_table import RunsTable, make_table
 from launch.sweep_folder import DONE, FAILED, SweepFolder, compose_run
 from pretrain.config import PretrainConfig
-from pretrain.tracker import METRICS_FILE, read_metrics
+from pretrain.metrics_file import METRICS_FILE, read_metrics
 
 
 def collect(folder: SweepFolder) -> tuple[RunsTable, list[str]]:

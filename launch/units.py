@@ -35,6 +35,8 @@ def number_meant(setting: str, text: str, kinds: tuple[Any, ...]) -> str | None:
     counts, example = _counts(setting)
     if value is None:
         return None if seconds is None else f"{counts}, not time{example}"
+    if whole and 0 < value < 1 and counts.endswith(" steps"):
+        return f"{counts}: {value:g} of train.train_steps=10000 would be {round(1e4 * value)}"
     if whole and 0 < value < 1:
         return f"{counts} and is no share of them{example}"
     if whole and value != int(value):
@@ -43,9 +45,11 @@ def number_meant(setting: str, text: str, kinds: tuple[Any, ...]) -> str | None:
 
 
 def plain_number(text: str) -> float | None:
-    """1,000 · 300b · 1e6 · 1% as numbers."""
-    if re.fullmatch(r"\d{1,3}(,\d{3})+(\.\d+)?", text):
+    """1,000 · 0,001 · 300b · 1e6 · 1% as numbers."""
+    if re.fullmatch(r"[1-9]\d{0,2}(,\d{3})+(\.\d+)?", text):
         return float(text.replace(",", ""))
+    if re.fullmatch(r"0+,\d+", text):  # of half the world's keyboards
+        return float(text.replace(",", "."))
     found = re.fullmatch(rf"({_NUMBER})\s*([kmgbt%]?)(?:tokens|tok|iters|it|steps)?", text)
     if found is None:
         return None
@@ -74,7 +78,7 @@ def _counts(setting: str) -> tuple[str, str]:
     """What it counts, and a value that works where one fits any run."""
     what = _what(setting)
     example = {"steps": 100, "sequences": 64}.get(what)
-    return f"it counts {what}", f", as in {setting}={example} {what}" if example else ""
+    return f"it counts {what}", f", as in {setting}={example}" if example else ""
 
 
 def _what(setting: str) -> str:

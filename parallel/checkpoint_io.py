@@ -45,6 +45,7 @@ from parallel.megatron import (
     ShardedTensorFactory,
     dist_checkpointing,
 )
+from parallel.safe_pickle import without_advice
 
 PARTIAL_SUFFIX = ".partial"
 _AHEAD_BYTES = 512 << 20  # of a rank: what a fast disk gives in the time that planning takes
@@ -436,10 +437,11 @@ def _on_every_rank(action: Callable[[], Any], what: str, *, watched: bool = True
         result = action()
     except CheckpointException as error:  # a BaseException; holds the cause of each rank
         causes = [cause for cause, _ in error.failures.values()]
-        failure = f"rank {dist.get_rank()}: {causes[0] if causes else error}"
+        failure = f"rank {dist.get_rank()}: {without_advice(causes[0] if causes else error)}"
     except Exception as error:
         host = platform.node()
-        failure = f"rank {dist.get_rank()} on {host}: {type(error).__name__}: {error}"
+        told = f"{type(error).__name__}: {without_advice(error)}"
+        failure = f"rank {dist.get_rank()} on {host}: {told}"
         if watch is not None:
             watch.announce(error)
     failures: list[str | None] = [None] * dist.get_world_size()

@@ -198,8 +198,15 @@ class CheckpointReader:
 
         assert self.plain is not None
         for name in self.objects:
-            # torch again, but told to trust nothing: it might find another file in these bytes
-            torch.load(io.BytesIO(self.read_object(name)), weights_only=True)
+            content = io.BytesIO(self.read_object(name))
+            try:
+                # torch again, but told to trust nothing: it might find another file in these bytes
+                torch.load(content, weights_only=True)
+            except Exception as error:  # torch raises RuntimeError, UnpicklingError, ...
+                raise CheckpointFormatError(
+                    f"{self.folder / self.objects[name].file} is damaged where {name} lies: "
+                    f"{safe_pickle.torchs_reason(error)}"
+                ) from None
 
     def read(self, name: str, box: Box | None = None) -> Tensor:
         """A tensor, or the block of it at `box`, on the CPU in its stored type.
@@ -236,8 +243,8 @@ class CheckpointReader:
             except Exception as error:  # torch raises RuntimeError, UnpicklingError, ...
                 raise CheckpointFormatError(
                     f"{self.folder / piece.file} is damaged where {stored.name} lies: "
-                    f"{str(error).splitlines()[0]}"
-                ) from error
+                    f"{safe_pickle.torchs_reason(error)}"
+                ) from None
         shape = tuple(getattr(tensor, "shape", ()))
         if not torch.is_tensor(tensor) or shape != piece.box[1]:
             raise CheckpointFormatError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import re
 import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -105,7 +106,7 @@ def _only_pickle(archive: zipfile.ZipFile, where: str) -> bytes:
     archive.fp.seek(0)
     entries = archive.infolist()
     pickles = [entry for entry in entries if entry.filename.lower().endswith(".pkl")]
-    starts = archive.fp.read(len(_ZIP_START)) == _ZIP_START
+    starts = archive.fp.read(len(ZIP_START)) == ZIP_START
     if (
         not starts
         or entries[:1] != [entry for entry in entries if entry.header_offset == 0]
@@ -116,7 +117,7 @@ def _only_pickle(archive: zipfile.ZipFile, where: str) -> bytes:
     return archive.read(pickles[0])  # also compares the stored CRC-32
 
 
-_ZIP_START = b"PK\x03\x04"
+ZIP_START = b"PK\x03\x04"
 
 
 # bytes of one element of torch's types, by their names
@@ -140,6 +141,23 @@ SAVED: dict[str, Any] = {
     **{f"torch.{kind}Storage": record_class(kind) for kind in _STORAGES},
     **{f"torch.{name}": name for name in DTYPE_BYTES},
 }
+
+
+def torchs_reason(error: Exception) -> str:
+    """Why torch.load(weights_only=True) did not read a file, in a line."""
+    text = without_advice(error)
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def without_advice(error: BaseException) -> str:
+    """What an error says; of torch.load's, which go on with how to load such a file all the same,
+    only what is wrong with it."""
+    text = str(error)
+    if "weights_only" not in text:
+        return text
+    if named := re.search(r"\bGLOBAL ([\w.]+)", text):
+        return f"it names {named[1]}, which weights do not need; nothing of it was executed"
+    return "what is pickled in it are not weights alone; nothing of it was executed"
 
 
 class _Unpickler(pickle.Unpickler):

@@ -199,7 +199,7 @@ def markdown(report: AnomalyReport) -> str:
 _DECISIONS = {
     "apply": "the update was made",
     "skip": "the update was skipped; the step counts as taken",
-    "rollback": "back to the newest checkpoint, and on without this data",
+    "rollback": "back to the newest regular save, and on without this data",
     "stop": "no update, and the run ends",
 }
 

@@ -67,6 +67,8 @@ class AnomalyWatch:
         self.events = events
         self.writes = writes
         self._last_anomaly: int | None = None  # its step
+        # Where it was found out that no document is to blame, and why; no update was made since.
+        self._blameless: tuple[int, str] | None = None
 
     def judge(self, state: TrainState) -> Judge:
         """What `train_step` asks about the step after `state`."""
@@ -88,11 +90,15 @@ class AnomalyWatch:
         samples = [end - sequences, end]
         self.culprits.keep(state.step, samples[0], metrics)
         state.anomaly.note(verdict, loss, metrics.grad_norm, samples, self.config.spike_window)
+        if verdict.action is Action.apply:
+            self._blameless = None
         if not verdict.kind:
             return
         with beacon.stage("anomaly report", state.step):
             findings = self.culprits.find(verdict, rerun=not self._goes_on(state.step))
         self._last_anomaly = state.step
+        if verdict.kind == "nonfinite":
+            self._blame_as_before(state.step, findings)
         if self.writes:
             self._write(
                 AnomalyReport(
@@ -109,6 +115,15 @@ class AnomalyWatch:
                     findings=findings,
                 )
             )
+
+    def _blame_as_before(self, step: int, findings: Findings) -> None:
+        """What made an earlier step not finite, and no update has changed since, makes this one so:
+        whatever its documents look like, they are not run again."""
+        if self._blameless is not None:
+            earlier, why = self._blameless
+            findings.no_culprit = f"as at step {earlier}: {why}"
+        elif findings.no_culprit:
+            self._blameless = step, findings.no_culprit
 
     def take_up(self, state: TrainState) -> None:
         """At the start of a run: a rollback that no save has come after still counts, or a run that
@@ -150,7 +165,7 @@ class AnomalyWatch:
     def rolled_back(self, state: TrainState, from_step: int, left_out: tuple[int, int]) -> None:
         """`state` is what the run goes on with."""
         self.culprits.forget()
-        self._last_anomaly = None
+        self._last_anomaly = self._blameless = None
         first, end = left_out
         text = (
             f"back to step {state.step}, rollback {state.anomaly.rollbacks} of at most "
@@ -208,15 +223,11 @@ def open_anomaly_watch(
 ) -> AnomalyWatch:
     """The watch of a run."""
 
-    def can_roll_back(step: int) -> bool:
-        checkpoints.wait(step)  # a verdict must not depend on how fast a save is
-        return bool(from_rank_zero(bool(checkpoints.steps())))
-
     return AnomalyWatch(
         config.anomaly,
         Path(config.run_dir),
         Culprits(config.anomaly, config.train, engine, runtime, data),
-        can_roll_back=can_roll_back,
+        can_roll_back=checkpoints.can_roll_back,
         progress=progress,
         events=events,
         writes=runtime.rank == 0,

@@ -25,7 +25,7 @@ from parallel.checkpoint_plan import Plans, on_all_ranks
 from parallel.checkpoint_save import HostMemory, PendingSave, StoreLost
 from parallel.engine import Engine, checkpoint_metadata
 from pretrain.checkpoint_list import find_checkpoints, step_of
-from pretrain.checkpoint_retention import Retention
+from pretrain.checkpoint_retention import Retention, remove
 from pretrain.config import CheckpointConfig
 from pretrain.run_identity import (
     ALL_PARTS,
@@ -57,6 +57,7 @@ class Checkpoints:
         identity: what must not change between saving and resuming, as nested plain values:
             {"model": {...}, "data": {...}, "train": {...}}. Compared on resume, setting by setting.
         notify: told what a person should know; called on every rank.
+        rolls_back: whether `roll_back` may be called; keeps the checkpoint it needs.
 
     `may_publish`, asked on rank 0 before anything in `folder` is published or removed, says whether
     the run still holds it; `patience`, asked there when the last save begins, for how many seconds
@@ -69,6 +70,8 @@ class Checkpoints:
         config: CheckpointConfig,
         identity: dict[str, Any],
         notify: Notify = lambda kind, step, text: None,
+        *,
+        rolls_back: bool = False,
     ) -> None:
         self.folder = folder
         self.config = config
@@ -76,7 +79,7 @@ class Checkpoints:
         self.notify = notify
         self.may_publish: Callable[[], bool] = lambda: True
         self.patience: Callable[[], float] = lambda: 0.0
-        self.retention = Retention(folder, config)
+        self.retention = Retention(folder, config, rolls_back=rolls_back)
         self._memory = HostMemory()
         self._plans = Plans()
         self._pending: PendingSave | None = None
@@ -91,6 +94,28 @@ class Checkpoints:
         """Complete checkpoints, oldest first."""
         return find_checkpoints(self.folder)
 
+    def can_roll_back(self, step: int) -> bool:
+        """After so many steps: whether there is a regular save. All ranks must call it, and all get
+        what rank 0 sees. Waits for a save that is being written: what a run does about a step must
+        not depend on how fast a disk is."""
+        self.wait(step)
+        return bool(
+            checkpoint_io.on_rank_zero(
+                lambda: any(self.config.is_regular(step_of(path)) for path in self.steps()),
+                f"look at {self.folder}",
+            )
+        )
+
+    def newest_before(self, step: int) -> Path | None:
+        """The newest complete checkpoint of an earlier step. All ranks must call it, and all get
+        what rank 0 sees."""
+        self._finish_pending()
+        earlier = checkpoint_io.on_rank_zero(
+            lambda: [path for path in self.steps() if step_of(path) < step],
+            f"look at {self.folder}",
+        )
+        return earlier[-1] if earlier else None
+
     @property
     def saving(self) -> bool:
         """Whether a save is being written."""
@@ -102,8 +127,8 @@ class Checkpoints:
         return max(self._seconds, self._pending.seconds if self._pending is not None else 0.0)
 
     def due(self, step: int) -> bool:
-        regular = self.config.save_interval > 0 and step % self.config.save_interval == 0
-        return regular or (self._retry_step is not None and step >= self._retry_step)
+        again = self._retry_step is not None and step >= self._retry_step
+        return self.config.is_regular(step) or again
 
     def save(self, engine: Engine, state: TrainState) -> None:
         """Save this step, behind the training with checkpoint.async_save. All ranks must call it.
@@ -168,8 +193,8 @@ class Checkpoints:
             self.notify("save_recovered", step, f"saving works again: {pending.folder.name}")
         self._failures = 0
         self._seconds = pending.seconds
-        if self._retention_trouble:
-            self.notify("retention_failed", step, self._retention_trouble)
+        for trouble in filter(None, (self._retention_trouble, self.retention.news())):
+            self.notify("retention_failed", step, trouble)
         self.notify("saved", step, f"saved {pending.folder} ({pending.seconds:.1f} s)")
         return None
 
@@ -217,11 +242,14 @@ class Checkpoints:
 
     def _prepare(self, target: Path) -> bool:
         """On rank 0: clear away what killed saves and removals left; whether `target` is there."""
-        if not self.may_publish():
-            raise CheckpointError("this run does not hold its folder any more")
+        self._must_hold_the_folder()
         for leftover in self.folder.glob(f"step_*{checkpoint_io.PARTIAL_SUFFIX}"):
             shutil.rmtree(leftover, ignore_errors=True)
         return checkpoint_io.is_complete(target)
+
+    def _must_hold_the_folder(self) -> None:
+        if not self.may_publish():
+            raise CheckpointError("this run does not hold its folder any more")
 
     def _plain_values(self, state: TrainState) -> dict[str, Any]:
         return {"format": FORMAT, "train_state": state.to_dict(), "identity": self.identity}
@@ -270,27 +298,61 @@ class Checkpoints:
         if problem := start_problem(self.config, self.folder, existing, damaged):
             raise CheckpointError(problem)
         if existing:
-            return self.go_back(engine)
+            state, found = self._newest_sound(engine, existing)
+            if state is None:
+                raise CheckpointError(none_sound(self.folder, damaged + found))
+            return state
         if self.config.load:
             self._load_given(engine, self.config.load)
         return TrainState()
 
-    def go_back(self, engine: Engine) -> TrainState:
-        """Bring the engine to the newest sound checkpoint of this run. All ranks must call it.
+    def roll_back(self, engine: Engine) -> TrainState:
+        """Bring the engine to the newest sound regular save of this run, and remove the checkpoints
+        after it: they belong to steps that are taken back. All ranks must call it.
 
-        Damaged ones are set aside (renamed), and `notify` is told.
+        Where a run was stopped, and saved for that, must not decide how it goes on. Damaged
+        checkpoints are set aside (renamed), and `notify` is told.
 
         Raises:
-            CheckpointError: there is none, or it belongs to another model or other data.
+            CheckpointError: there is none, or it belongs to another model or other data, or those
+                after it cannot be removed.
         """
         self._finish_pending()
-        existing, damaged = self._existing()
+        existing, _ = self._existing()
+        regular = [path for path in existing if self.config.is_regular(step_of(path))]
+        state, damaged = self._newest_sound(engine, regular)
+        if state is None:
+            raise CheckpointError(
+                f"a rollback finds no sound checkpoint in {self.folder} of a multiple of "
+                f"checkpoint.save_interval={self.config.save_interval}; damaged: "
+                f"{', '.join(damaged) or 'none'}. Put one back from a copy (without the suffix), "
+                "or set anomaly.on_nonfinite=skip and anomaly.on_spike=skip"
+            )
+        later = [path for path in existing if step_of(path) > state.step]
+        checkpoint_io.on_rank_zero(
+            functools.partial(self._remove, later),
+            f"remove the checkpoints after step {state.step}, to which the run goes back",
+        )
+        return state
+
+    def _newest_sound(
+        self, engine: Engine, existing: list[Path]
+    ) -> tuple[TrainState | None, list[str]]:
+        """Loads it; None where there is none. And the names of the damaged ones set aside."""
+        damaged: list[str] = []
         for path in reversed(existing):
             state, problems = self._load(engine, path, ALL_PARTS)
             if not problems:
-                return state
+                return state, damaged
             damaged.append(self._set_aside(path, problems))
-        raise CheckpointError(none_sound(self.folder, damaged))
+        return None, damaged
+
+    def _remove(self, folders: list[Path]) -> None:
+        """On rank 0, the newest first: what is left at any moment is a run's own past."""
+        for path in reversed(folders):
+            if path.is_dir():  # and not set aside
+                self._must_hold_the_folder()
+                remove(path)
 
     def _finish_pending(self) -> None:
         if self._pending is not None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
@@ -14,15 +15,28 @@ from pathlib import Path
 from typing import Any
 
 from data.run_folders import runs_below
-from parallel.checkpoint_manifest import MISSING, NewerManifestError, verify
+from parallel.checkpoint_manifest import (
+    MISSING,
+    NO_CHECKSUMS,
+    NewerManifestError,
+    read_manifest,
+    verify,
+)
 from parallel.checkpoint_manifest import NAME as MANIFEST_FILE
-from parallel.checkpoint_reader import FORMAT_FILE, CheckpointReader
+from parallel.checkpoint_reader import FORMAT_FILE, INDEX_FILE, PLAIN_FILE, CheckpointReader
 
 _STEP = re.compile(r"step_(\d+)")
 _SOMETHING_ELSE = re.compile(r"step_\d+\.(partial|damaged(-\d+)?)")
 SOUND = "sound"
 VALUES_FILE = "checkpoint.json"  # of a copy as safetensors: the plain values
 UNVERIFIED = "not verifiable: saved before there were manifests"
+
+# beside the tensors, what is read of a checkpoint
+_SMALL_FILES = (FORMAT_FILE, INDEX_FILE, PLAIN_FILE)
+
+
+class DamagedCheckpointError(ValueError):
+    """A checkpoint whose files are not those its manifest lists."""
 
 
 @dataclass(frozen=True)
@@ -121,11 +135,13 @@ def run_folder_of(checkpoint: Path) -> Path | None:
 def settings_file(checkpoint: Path) -> Path | None:
     """The settings a checkpoint was made with: beside its files, or the newest of its run."""
     folders = [checkpoint, *filter(None, [run_folder_of(checkpoint)])]
-    for folder in folders:
-        found = sorted(_settings_in(folder), key=lambda p: (p.stat().st_mtime, p.name))
-        if found:
-            return found[-1]
-    return None
+    return next(filter(None, map(newest_settings, folders)), None)
+
+
+def newest_settings(folder: Path) -> Path | None:
+    """The settings that the newest start of a run wrote in its folder."""
+    found = sorted(_settings_in(folder), key=lambda p: (p.stat().st_mtime, p.name))
+    return found[-1] if found else None
 
 
 def _settings_in(folder: Path) -> Iterator[Path]:
@@ -168,6 +184,48 @@ def problems_of(folder: Path, *, checksums: bool) -> list[str]:
         return [str(error)]
 
 
+def check_content(folder: Path, *, tensors: bool = True) -> str:
+    """Compare what will be read of a checkpoint with its manifest, checksums too; reads all of it.
+
+    Args:
+        tensors: False: the small files alone.
+
+    Returns why the content cannot be compared, for a warning; "" where it was.
+
+    Raises:
+        DamagedCheckpointError: files are missing, of another size or content, or not listed.
+        NewerManifestError: see `read_manifest`.
+    """
+    read = {path.name for path in folder.glob("*.distcp")} if tensors else set()
+    read.update(name for name in _SMALL_FILES if (folder / name).exists())
+    problems = verify(folder, names=None if tensors else _SMALL_FILES)
+    if problems == [MISSING]:
+        return f"{folder} has no {MANIFEST_FILE}: nothing tells whether its content has changed"
+    if not problems:
+        manifest = read_manifest(folder)
+        problems = [
+            f"{name} is not in {MANIFEST_FILE}" for name in sorted(read - set(manifest["files"]))
+        ]
+    if problems:
+        shown = "; ".join(problems[:5]) + ("; ..." if problems[5:] else "")
+        raise DamagedCheckpointError(
+            f"{folder} is damaged: {shown}. Nothing was made of it: put the file back from a copy, "
+            "or name another checkpoint"
+        )
+    if manifest["algorithm"] == NO_CHECKSUMS:
+        return (
+            f"{folder} was saved without checksums (checkpoint.verify_integrity=false): sizes are "
+            "right, nothing tells whether its content has changed"
+        )
+    return ""
+
+
+def refuse_damaged(folder: Path) -> None:
+    """`check_content`, with what it returns as a warning on stderr. Raises as it does."""
+    if unknown := check_content(folder):
+        print(f"warning: {unknown}", file=sys.stderr)
+
+
 def is_unverifiable(folder: Path, problems: list[str]) -> bool:
     """Whether it has no manifest because it was saved before there were any."""
     if problems != [MISSING]:
@@ -192,14 +250,15 @@ def losses_of(run: Path | None) -> dict[int, tuple[str, float]]:
     if path is None or not path.is_file():
         return {}
     losses: dict[int, tuple[str, float]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             record = json.loads(line)
-            step = record["step"]
+            step = int(record["step"])
+            found = {kind: record.get(f"{kind}/loss") for kind in ("train", "eval")}
+            values = {kind: float(loss) for kind, loss in found.items() if loss is not None}
         except (ValueError, TypeError, KeyError):
-            continue  # cut off by a kill
-        for kind in ("train", "eval"):
-            loss = record.get(f"{kind}/loss")
-            if loss is not None and (kind == "eval" or losses.get(step, ("train",))[0] == "train"):
-                losses[step] = (kind, float(loss))
+            continue  # cut off by a kill, or damaged
+        for kind, value in values.items():
+            if kind == "eval" or losses.get(step, ("train",))[0] == "train":
+                losses[step] = (kind, value)
     return losses

@@ -4,27 +4,38 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from parallel.checkpoint_manifest import verify
-from pretrain.checkpoint_list import find_checkpoints, step_of
+from pretrain.checkpoint_list import find_checkpoints, losses_of, step_of
 from pretrain.config import CheckpointConfig
+from pretrain.provenance import atomic_write_text
 
 # in the checkpoints' folder: {"100": eval/loss, ...}
 EVALUATIONS = "evaluations.json"
 DOOMED_SUFFIX = ".partial"  # nothing loads these, and the next save clears them away
 
 
-def kept(steps: Iterable[int], losses: Mapping[int, float], config: CheckpointConfig) -> set[int]:
+def kept(
+    steps: Iterable[int],
+    losses: Mapping[int, float],
+    config: CheckpointConfig,
+    *,
+    rolls_back: bool = False,
+) -> set[int]:
     """Of checkpoints at `steps` those that stay: the newest in any case, `keep_last`, multiples of
-    `keep_every`, and `keep_best` by what `losses` has of them (the later one of equal ones)."""
+    `keep_every`, and `keep_best` by what `losses` has of them (the later one of equal ones).
+
+    rolls_back: the newest regular one (`CheckpointConfig.is_regular`) as well.
+    """
     ordered = sorted(steps)
     if config.keep_last == 0:
         return set(ordered)
     keep = set(ordered[-config.keep_last :])
+    if rolls_back:
+        keep |= set([step for step in ordered if config.is_regular(step)][-1:])
     if config.keep_every > 0:
         keep |= {step for step in ordered if step % config.keep_every == 0}
     evaluated = [step for step in ordered if math.isfinite(losses.get(step, math.nan))]
@@ -35,40 +46,83 @@ def kept(steps: Iterable[int], losses: Mapping[int, float], config: CheckpointCo
 class Retention:
     """On rank 0: what evaluations said, and the removal."""
 
-    def __init__(self, folder: Path, config: CheckpointConfig) -> None:
+    def __init__(self, folder: Path, config: CheckpointConfig, *, rolls_back: bool = False) -> None:
         self.folder = folder
         self.config = config
+        self.rolls_back = rolls_back
         self._losses: dict[int, float] | None = None  # by step; None: not read yet
+        self._looked_up: set[int] = set()  # steps whose loss was looked for in the run's metrics
+        self._unknown: set[int] = set()  # those of them that were evaluated, nobody knows how
+        self._news: list[str] = []
 
     @property
     def losses(self) -> dict[int, float]:
         if self._losses is None:
-            self._losses = _read(self.folder / EVALUATIONS)
+            try:
+                self._losses = _read(self.folder / EVALUATIONS)
+            except (OSError, ValueError, AttributeError, TypeError) as error:
+                self._losses = {}
+                self._news.append(
+                    f"{self.folder / EVALUATIONS} cannot be read ({type(error).__name__}: {error}) "
+                    "and is written anew; what it said of checkpoints is taken from metrics.jsonl"
+                )
         return self._losses
+
+    def news(self) -> str:
+        """What a person should know of, since it was asked last."""
+        told, self._news = self._news, []
+        return "; ".join(told)
 
     def record(self, step: int, loss: float) -> None:
         """eval/loss of the weights after `step`. Raises OSError where it cannot be written."""
         self.losses[step] = loss
         if not self.folder.is_dir():
             return  # it will be written with the evaluation after the first save
-        path = self.folder / EVALUATIONS
-        draft = path.with_name(path.name + ".tmp")
-        draft.write_text(json.dumps({str(s): value for s, value in sorted(self.losses.items())}))
-        os.replace(draft, path)
+        content = {str(step): value for step, value in sorted(self.losses.items())}
+        atomic_write_text(self.folder / EVALUATIONS, json.dumps(content))
 
     def apply(self) -> list[str]:
         """Remove what is not kept; the names removed. Raises OSError.
 
-        Nothing is removed while the newest checkpoint is not whole (its sizes are looked at).
+        Nothing is removed while the newest checkpoint is not whole (its sizes are looked at). With
+        `keep_best` nothing is removed either whose loss should be known and is not.
         """
         folders = find_checkpoints(self.folder)
         if not folders or verify(folders[-1], checksums=False):
             return []
-        keep = kept([step_of(folder) for folder in folders], self.losses, self.config)
+        steps = [step_of(folder) for folder in folders]
+        losses: dict[int, float] = {}
+        if self.config.keep_best:
+            self._look_up(steps[:-1])  # the newest stays, and may yet have to be evaluated
+            losses = self.losses
+        keep = kept(steps, losses, self.config, rolls_back=self.rolls_back)
+        keep |= self._unknown - losses.keys()
         doomed = [folder for folder in folders if step_of(folder) not in keep]
         for folder in doomed:
             remove(folder)
         return [folder.name for folder in doomed]
+
+    def _look_up(self, steps: list[int]) -> None:
+        """What `losses` lacks of `steps` is taken from the run's metrics.
+
+        That of a regular save must be in one of them: `save_interval` is a multiple of
+        `train.eval_interval`.
+        """
+        lacking = set(steps) - self.losses.keys() - self._looked_up
+        if not lacking:
+            return
+        found = losses_of(self.folder.parent)
+        for step in lacking:
+            kind, loss = found.get(step, ("", math.nan))
+            if kind == "eval":
+                self.losses[step] = loss
+            elif self.config.is_regular(step):
+                self._unknown.add(step)
+                self._news.append(
+                    f"eval/loss of step {step} is neither in {EVALUATIONS} nor in metrics.jsonl: "
+                    "its checkpoint may be the best and stays; remove it by hand if it need not"
+                )
+        self._looked_up |= lacking
 
 
 def remove(folder: Path) -> None:
@@ -81,6 +135,7 @@ def remove(folder: Path) -> None:
 
 def _read(path: Path) -> dict[int, float]:
     try:
-        return {int(step): float(loss) for step, loss in json.loads(path.read_bytes()).items()}
-    except (OSError, ValueError, AttributeError, TypeError):
-        return {}  # of use for keep_best only, and written anew with the next evaluation
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return {}
+    return {int(step): float(loss) for step, loss in json.loads(content).items()}

@@ -18,7 +18,7 @@ from parallel.config import (
     not_positive,
 )
 from parallel.deepspeed_config import DeepSpeedConfig, EngineKind
-from pretrain.walltime import walltime_seconds
+from pretrain.walltime import grace_problem
 
 
 class DecayStyle(Enum):
@@ -154,6 +154,11 @@ class CheckpointConfig:
         if problems:
             raise ConfigError(*problems)
 
+    def is_regular(self, step: int) -> bool:
+        """Whether `step` is saved whatever happens to the run. A signal, the end of the time or of
+        the run and a save that failed add saves of other steps."""
+        return self.save_interval > 0 and step % self.save_interval == 0
+
 
 @dataclass(kw_only=True)
 class FaultToleranceConfig:
@@ -192,7 +197,9 @@ class FaultToleranceConfig:
             )
         if self.walltime is not None:
             try:
-                walltime_seconds(self.walltime)
+                setting = "fault_tolerance.walltime"
+                too_long = grace_problem(self.grace_seconds, setting, self.walltime)
+                problems += [too_long] if too_long and math.isfinite(self.grace_seconds) else []
             except ValueError as error:
                 problems.append(f"fault_tolerance.walltime={self.walltime} {error}")
         if not (math.isfinite(self.grace_seconds) and self.grace_seconds >= 0):
@@ -259,6 +266,11 @@ class AnomalyConfig:
         problems += not_positive({"anomaly.spike_threshold": self.spike_threshold})
         if problems:
             raise ConfigError(*problems)
+
+    @property
+    def rolls_back(self) -> bool:
+        """Whether anything makes the run go back to a checkpoint."""
+        return OnNonfinite.rollback is self.on_nonfinite or OnSpike.rollback is self.on_spike
 
 
 @dataclass(kw_only=True)

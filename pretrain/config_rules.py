@@ -42,7 +42,8 @@ def validate(config: PretrainConfig, world_size: int) -> RankLayout:
     if layout is not None:
         problems += _batch(config, layout.data_parallel_size)
     problems += _learning_rate(config) + _profile(config, world_size) + _tensorboard(config)
-    problems += _hang_timeout(config) + _best_checkpoints(config) + _law(config)
+    problems += _hang_timeout(config) + _best_checkpoints(config) + _rollback(config)
+    problems += _law(config) + _countable(config)
     problems += _engine(config)
     if layout is None or problems:
         raise ConfigError(*problems)
@@ -215,6 +216,20 @@ def _sequence(config: PretrainConfig) -> list[str]:
     return problems
 
 
+def _countable(config: PretrainConfig) -> list[str]:
+    train = config.train
+    sequences = train.train_steps * train.global_batch_size
+    if sequences * config.seq_length < 1 << 63:
+        return []
+    name = max(("train_steps", "global_batch_size"), key=lambda one: getattr(train, one))
+    most = ((1 << 63) - 1) * getattr(train, name) // (sequences * config.seq_length)
+    return [
+        f"train.{name}={getattr(train, name)} is too large: train.train_steps x "
+        "train.global_batch_size x the sequence length must stay below 2^63 tokens; use "
+        f"{most} or less"
+    ]
+
+
 def _batch(config: PretrainConfig, data_parallel_size: int) -> list[str]:
     train, parallel = config.train, config.parallel
     unit = train.micro_batch_size * data_parallel_size
@@ -276,6 +291,20 @@ def _best_checkpoints(config: PretrainConfig) -> list[str]:
         f"checkpoint.keep_best={best} compares what is evaluated in the step it is saved: "
         f"checkpoint.save_interval={save} must be a multiple of train.eval_interval={evaluate}; "
         f"use {use}"
+    ]
+
+
+def _rollback(config: PretrainConfig) -> list[str]:
+    anomaly = config.anomaly
+    if config.checkpoint.save_interval > 0 or not anomaly.rolls_back:
+        return []
+    asked = {"on_nonfinite": anomaly.on_nonfinite.value, "on_spike": anomaly.on_spike.value}
+    return [
+        f"anomaly.{name}=rollback goes back to the multiples of checkpoint.save_interval, and "
+        "checkpoint.save_interval=0 saves none; save every so many steps, or use "
+        f"anomaly.{name}=skip"
+        for name, value in asked.items()
+        if value == "rollback"
     ]
 
 

@@ -1,7 +1,9 @@
 """Copies of a checkpoint: without its optimizer, in another type, as safetensors.
 
 One process, any layout: pieces are read, changed and written one after the other. Memory: what the
-largest piece takes as it is read, in its new type, and once more.
+largest piece takes as it is read, in its new type, and once more. Before that all files are read
+once, and compared with the manifest: the copy gets one of its own, which would make damage look
+sound.
 """
 
 from __future__ import annotations
@@ -18,7 +20,13 @@ from parallel.checkpoint_manifest import write_manifest
 from parallel.checkpoint_reader import OPTIMIZER_PREFIX, CheckpointReader, StoredWeights
 from parallel.checkpoint_writer import new_checkpoint
 from parallel.new_folder import new_folder
-from pretrain.checkpoint_list import VALUES_FILE, settings_file
+from pretrain.checkpoint_list import (
+    VALUES_FILE,
+    refuse_damaged,
+    run_folder_of,
+    settings_file,
+    step_of,
+)
 from pretrain.safetensors_file import Entry, write_sharded
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -42,9 +50,15 @@ def to_checkpoint(
         dtype: of the weights; None: as they are. Routers and optimizer state keep theirs.
         weights_only: leave the optimizer's state out.
 
-    Raises FileExistsError for a `target` that exists, and what `CheckpointReader` raises.
+    Without a manifest in `source` there is a warning on stderr.
+
+    Raises:
+        FileExistsError: there is a `target`.
+        DamagedCheckpointError: `source` is not what its manifest says.
+        ValueError: `target` has the name of another step's checkpoint, or lies among those of a
+            run; and what `CheckpointReader` raises.
     """
-    reader = CheckpointReader(source)
+    reader = _open(source, target)
     plain = dict(reader.plain)
     if weights_only:
         plain.pop("optimizer", None)
@@ -71,7 +85,7 @@ def to_safetensors(
 
     Beside them `checkpoint.json` with the plain values. Raises as `to_checkpoint`.
     """
-    reader = CheckpointReader(source)
+    reader = _open(source, target)
     weights = StoredWeights(reader)
     entries = [
         Entry(name, shape, new_dtype(name, getattr(torch, weights.dtype(name)), dtype))
@@ -90,3 +104,30 @@ def to_safetensors(
         if settings is not None:
             shutil.copyfile(settings, partial / "config.yaml")
         write_manifest(partial)
+
+
+def _open(source: Path, target: Path) -> CheckpointReader:
+    """A sound `source`, where `target` may be made of it. Raises as `to_checkpoint`."""
+    reader = CheckpointReader(source)
+    refuse_damaged(source)
+    _check_name(reader, target)
+    return reader
+
+
+def _check_name(reader: CheckpointReader, target: Path) -> None:
+    """Runs, and the commands here, take folders by their names for checkpoints of a step."""
+    if not target.name.startswith("step_"):
+        return
+    run = run_folder_of(target)
+    if run is not None:
+        raise ValueError(
+            f"{target} lies among the checkpoints of the run {run}, which would take it for one of "
+            "its own; choose a folder outside of that run, or a name that does not begin with step_"
+        )
+    state = reader.plain.get("train_state") or {}
+    step = state.get("step", step_of(reader.folder))
+    if step_of(target) not in (step, -1):
+        raise ValueError(
+            f"{target} has the name of step {step_of(target)}, and {reader.folder} is of step "
+            f"{step}; choose step_{step:08d}, or a name that does not begin with step_"
+        )

@@ -111,6 +111,8 @@ class Culprits:
         if rerun and self.config.rerun_sequences:
             with undisturbed(self.engine):
                 self._run_again(verdict, step, documents, found)
+        elif self.sequences > 1 and len(found.nonfinite_samples) == self.sequences:
+            found.no_culprit = _EVERYWHERE
         found.documents = self._worst(documents, self.config.max_documents, found)
         for earlier in reversed(before):
             found.earlier.append(
@@ -456,6 +458,10 @@ Piece = tuple[int, int, int]  # sample, first token in the store, tokens
 _NOTHING_IS_FINITE = (
     "a sequence of nothing but end-of-document tokens is not finite either: the weights or the "
     "machine are broken, and no document is to blame"
+)
+_EVERYWHERE = (
+    "no sequence of the step has a finite loss: it is more likely that the weights or the machine "
+    "are broken than that every one of them holds a document to blame"
 )
 _NOT_AGAIN = (
     "it did not happen again: a fault of the machine or of its network is more likely than the data"

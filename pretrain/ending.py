@@ -7,9 +7,9 @@ from pathlib import Path
 
 from pretrain.config import PretrainConfig
 from pretrain.html_report import write_html_report
+from pretrain.metrics_file import read_metrics
 from pretrain.report import plot_curves, print_report
 from pretrain.router_plot import plot_router
-from pretrain.tracker import read_metrics
 from pretrain.train_loop import Outcome
 
 
@@ -53,11 +53,24 @@ def next_steps(run_dir: Path, config: PretrainConfig) -> list[str]:
     model, steps = config.model.name, config.train.train_steps
     other = "ep2" if config.model.moe.num_experts else "tp2"
     changed = ("run_dir=", "parallel=", "parallel.", "train.train_steps=")
-    said = [shlex.quote(word) for word in sys.argv[1:] if not word.startswith(changed)]
-    start = " ".join(["launch/pretrain.py", *said])
+    words = {_name(word): word for word in sys.argv[1:] if not word.startswith(changed)}
+    start = " ".join([_program("pretrain.py"), *map(shlex.quote, words.values())])
     return [
-        f'{python} -m launch.generate {run_dir} "The page you"',
+        f'{python} {_program("generate.py")} {run_dir} "The page you"',
         f"{python} -m torch.distributed.run --standalone --nproc-per-node 2 {start} "
         f"parallel={other} train.train_steps={steps} run_dir=runs/{model}-{other}",
         f"{python} {start} parallel=single train.train_steps={2 * steps} run_dir={run_dir}",
     ]
+
+
+def _name(word: str) -> str:
+    """What a word sets: of several that set the same the last one counts. Tables are merged."""
+    name, equals, value = word.partition("=")
+    return name if equals and "{" not in value else word
+
+
+def _program(name: str) -> str:
+    """A file of launch/, as it is called from the folder that the run was started in."""
+    path = Path(__file__).resolve().parent.parent / "launch" / name
+    near = path.is_relative_to(Path.cwd())
+    return shlex.quote(str(path.relative_to(Path.cwd()) if near else path))

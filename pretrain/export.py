@@ -1,6 +1,7 @@
 """A checkpoint as a folder for `transformers`. Start reading at `export`.
 
-One process, any layout. Memory of the conversion, whatever the model's size: what torch and
+One process, any layout. All files of the checkpoint are compared with its manifest first, which
+reads them once more. Memory of the conversion, whatever the model's size: what torch and
 megatron-core take when imported, and four times the largest stored weight (as read, cut out, in its
 new type, and while it is written). The check that follows holds the whole model in fp32, first in a
 process of its own, then in this one.
@@ -25,7 +26,7 @@ from models.config import ModelConfig
 from models.hugging_face.mapping import Architecture, Source, architecture_of, config_of, sources
 from parallel.checkpoint_reader import CheckpointReader, StoredWeights
 from parallel.new_folder import new_folder
-from pretrain.checkpoint_list import losses_of, run_folder_of, settings_file
+from pretrain.checkpoint_list import losses_of, refuse_damaged, run_folder_of, settings_file
 from pretrain.config import PretrainConfig
 from pretrain.convert_checkpoint import new_dtype
 from pretrain.export_check import Check, ExportError, check_export
@@ -75,6 +76,8 @@ def export(
     Raises:
         FileNotFoundError: no checkpoint, no settings of a run beside it, or no tokenizer.
         FileExistsError: `out` exists.
+        DamagedCheckpointError: the checkpoint is not what its manifest says; without a manifest
+            there is a warning on stderr.
         ExportError: settings or weights are not those of the checkpoint's model, or the exported
             model does not compute the same; `out` is then absent.
         ValueError: a damaged checkpoint, or one that could run a program when loaded; or its
@@ -101,6 +104,7 @@ def open_source(path: Path, step: int | None = None, tokenizer: str = "") -> Exp
     checkpoint, config = open_checkpoint(path, step)
     if tokenizer:
         config.data = replace(config.data, tokenizer=tokenizer)
+    refuse_damaged(checkpoint)
     reader = CheckpointReader(checkpoint)
     reader.check_harmless()
     identity = reader.plain.get("identity") or {}

@@ -30,6 +30,9 @@ SEQUENCES, LENGTH, NEW_TOKENS = 2, 64, 8
 # Two programs that compute the same in fp32 differ by rounding: about 1e-6 of the largest logit
 # after a few layers, 1e-5 after many. A weight in the wrong place changes logits by their own size.
 TOLERANCE = 1e-4
+# Of trained models logits are tens. From here on fp32 numbers lie 0.06 apart, and a softmax of such
+# has lost what training made.
+LARGEST_LOGIT = 1e6
 # Words of several scripts, combining marks, digits and white space
 TEXT = "Die 3 Häuser,\n naïve  café! Привет, мир. 日本語のテスト สวัสดี किताब مرحبا\t2026"
 ROOT = Path(__file__).resolve().parent.parent
@@ -89,6 +92,12 @@ def compare(
     expected = live.logits(request["ids"], request["seed"])
     tokens = expected[..., 0].numel()
     largest = float(expected.abs().max())
+    if not largest <= LARGEST_LOGIT:  # NaN is none either
+        raise ExportError(
+            f"the checkpoint's own logits are no model's: the largest of {tokens} tokens is "
+            f"{largest:.3g}; its weights are damaged, or its training had diverged; name an "
+            "earlier checkpoint. Nothing was written"
+        )
     limit = TOLERANCE * max(1.0, largest)
     difference = float((answer["logits"] - expected).abs().max())
     if not difference <= limit:  # NaN is no match

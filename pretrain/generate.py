@@ -25,7 +25,13 @@ from parallel.engine import checkpoint_metadata
 from parallel.inference import last_token_logits
 from parallel.megatron import MegatronModule
 from parallel.runtime import Runtime, initialize, shutdown
-from pretrain.checkpoint_list import find_checkpoint, settings_file
+from pretrain.checkpoint_list import (
+    DamagedCheckpointError,
+    check_content,
+    find_checkpoint,
+    refuse_damaged,
+    settings_file,
+)
 from pretrain.config import PretrainConfig
 
 
@@ -137,9 +143,12 @@ def generate(
         FileNotFoundError: no complete checkpoint, or no settings of a run beside it.
         ValueError: a prompt and its continuation exceed the model's `max_position_embeddings`, or
             the tokenizer is not known, or not the model's.
-        CheckpointError: the checkpoint cannot be read, or loading it could run a program.
+        DamagedCheckpointError: the checkpoint is not what its manifest says, of which rank 0 reads
+            the tensors; where there is none it warns on stderr.
+        CheckpointError: it cannot be read, or loading it could run a program.
     """
     checkpoint, config = open_checkpoint(path)
+    check_content(checkpoint, tensors=False)
     identity = CheckpointReader(checkpoint).plain.get("identity") or {}
     size = (identity.get("model") or {}).get("vocab_size") or config.model.vocab_size
     data = replace(config.data, tokenizer=tokenizer_file or config.data.tokenizer)
@@ -153,6 +162,8 @@ def generate(
             f"more than model.max_position_embeddings={model.max_position_embeddings}"
         )
     runtime = initialize(parallel, sampling.seed)
+    if damage := checkpoint_io.on_rank_zero(lambda: _damage(checkpoint), f"read {checkpoint}"):
+        raise DamagedCheckpointError(damage)
     chunks = load_model(model, parallel, runtime, checkpoint)
     texts = [
         tokenizer.decode(_continue(chunks, prompt, model, runtime, sampling, tokenizer.eod_id))
@@ -160,6 +171,14 @@ def generate(
     ]
     shutdown(runtime)
     return texts
+
+
+def _damage(checkpoint: Path) -> str:
+    try:
+        refuse_damaged(checkpoint)
+    except DamagedCheckpointError as error:
+        return str(error)
+    return ""
 
 
 def load_model(

@@ -21,11 +21,11 @@ from typing import Any
 from data.ledger import LEDGER_NAME, read_ledger
 from data.run_folders import runs_below
 from pretrain.metrics import PREDICTED, Chart, Section, charts, find
+from pretrain.metrics_file import METRICS_FILE
 from pretrain.predicted_losses import read_prediction
 from pretrain.prediction_figures import prediction_figures
 from pretrain.report import Curve, read_curves
 from pretrain.router_plot import evenly_spaced, last_table, relative_shares
-from pretrain.tracker import METRICS_FILE
 
 # A curve is thinned to about so many points: a browser draws thirty of them at once in a second.
 MOST_POINTS = 1500

@@ -31,7 +31,7 @@ from parallel.config import ParallelConfig, Precision
 from parallel.engine import checkpoint_metadata
 from parallel.new_folder import new_folder
 from parallel.runtime import initialize, shutdown
-from parallel.safe_pickle import Record
+from parallel.safe_pickle import ZIP_START, Record, torchs_reason
 from pretrain.config import PretrainConfig
 from pretrain.run_identity import FORMAT, model_identity
 from pretrain.train_state import TrainState
@@ -148,13 +148,22 @@ def open_torchscale(path: Path) -> Foreign:
     """A state dict in a file of torch.save, read without running what it may contain."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
+    with open(path, "rb") as file:
+        if file.read(len(ZIP_START)) != ZIP_START:
+            raise ValueError(
+                f"{path} is not in the format that torch.save has since torch 1.6. If it is of an "
+                f"older one, write it anew (torch.save(torch.load({str(path)!r}, "
+                "weights_only=True), 'NEW.pt')) and name NEW.pt here; else it is damaged, or "
+                "something else"
+            )
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises UnpicklingError, RuntimeError, ...
         raise ValueError(
-            f"{path} cannot be read as weights alone: {str(error).splitlines()[0]}. It must hold a "
-            'state dict, alone or under "model"'
-        ) from error
+            f"{path} cannot be read as weights alone: {torchs_reason(error)}. It must hold a "
+            'state dict, alone or under "model", and nothing else: save it again like that with '
+            "the program that wrote it"
+        ) from None
     state = content.get("model", content) if isinstance(content, dict) else content
     if not isinstance(state, dict) or not state:
         raise WeightsError(f"{path} holds no state dict")

@@ -30,7 +30,7 @@ class Instruments:
     """All ranks must make it and call its methods in the same order: most of them are collective
     at the steps where something is due, which depend on the step and the settings alone.
 
-    A step at which nothing is due costs two additions of a few numbers.
+    A step at which nothing is due costs additions of a few numbers for each language.
 
     Args:
         state: where the run starts or goes on.
@@ -52,7 +52,7 @@ class Instruments:
         self._tracker, self._progress, self._events = tracker, progress, events
         self._clock = StageClock(engine, runtime.device)
         self._norms = NormsByBlock(engine, config.model.num_layers)
-        self._mixture = MixtureReport(mixture, state.consumed_sequences)
+        self._mixture = MixtureReport(mixture, state)
         self._profiler = StepProfiler(config.profile, runtime, run_dir)
         self._stragglers = StragglerReport(
             config.profile, runtime, run_dir, state.step or None, self._point_out
@@ -86,11 +86,15 @@ class Instruments:
         metrics[metric] = time.perf_counter() - start
 
     def after_step(self, state: TrainState, losses: LanguageLosses) -> None:
-        """Log what is due; `state` has the step counted in already, `losses` are the step's."""
+        """Log what is due; `state` has the step counted in already, `losses` are the step's.
+
+        What is not due yet goes into `state`, and so into the next checkpoint.
+        """
         self._mixture.add(losses)
         step, metrics = state.step, dict[str, float]()
         if self._train.mixture_interval and step % self._train.mixture_interval == 0:
             metrics |= self._mixture.metrics(state.consumed_sequences)
+        state.unreported = self._mixture.unreported()
         if self._norms_due(step):
             metrics |= self._norms.metrics()
         if self._timed(step):
@@ -104,7 +108,7 @@ class Instruments:
 
     def go_back(self, state: TrainState) -> None:
         """The run goes back to `state` and takes the steps after it again."""
-        self._mixture.restart(state.consumed_sequences)
+        self._mixture.go_on(state)
         self._stragglers.go_back(state.step)
 
     def finish(self) -> None:

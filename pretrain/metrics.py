@@ -68,7 +68,7 @@ class Chart:
 _LOG, _EVAL = "every `train.log_interval`", "at evaluations"
 _MIXTURE = "every `train.mixture_interval`"
 _NORMS = "every `train.gradient_norm_interval`"
-_ROUTER = "every `train.router_health_interval`"
+_ROUTER = "every `train.router_health_interval`, and when a run ends or is stopped"
 _TIMES = "every `profile.straggler_interval`"
 _SAVE = "when a checkpoint was saved"
 

@@ -6,26 +6,47 @@ from collections.abc import Mapping
 
 from data.language_mixture import LanguageMixture
 from pretrain.loss import LanguageLosses
+from pretrain.train_state import TrainState, Unreported
 
 
 class MixtureReport:
     """Collects the losses of steps; `metrics` says what has come together since the last call.
 
-    Ratios, tokens and epochs are functions of the number of consumed sequences, so a resumed run
-    goes on as if nothing had been; losses start anew. Needs no communication: losses are the same
-    on all ranks already.
+    Tokens, epochs and asked ratios are functions of the number of consumed sequences; the sums of
+    losses are in the run's state (`unreported`) and so in its checkpoints: a resumed run reports
+    what one that was left alone does. Needs no communication: losses are the same on all ranks
+    already.
     """
 
-    def __init__(self, mixture: LanguageMixture, consumed_sequences: int) -> None:
+    def __init__(self, mixture: LanguageMixture, state: TrainState) -> None:
         self._mixture = mixture
         self._sizes = {packed.store.language: float(len(packed)) for packed in mixture.sequences}
         self._family_sizes = self._by_family(self._sizes)
-        self.restart(consumed_sequences)
+        self.go_on(state)
 
-    def restart(self, consumed_sequences: int) -> None:
-        """Collect anew, from there on."""
+    def go_on(self, state: TrainState) -> None:
+        """From what `state` has of the steps since the last report.
+
+        A checkpoint of format 2 or older has nothing: then from where it stands.
+        """
+        carried = state.unreported
+        self._restart(carried.consumed_sequences if carried.losses else state.consumed_sequences)
+        for language, loss_sum, tokens in carried.losses:
+            row = self._losses.totals[self._mixture.languages.index(language)]
+            row[0], row[1] = loss_sum, tokens
+
+    def _restart(self, consumed_sequences: int) -> None:
         self._losses = LanguageLosses(self._mixture.languages)
+        self._begin = consumed_sequences
         self._asked_before = self._mixture.asked(consumed_sequences)
+
+    def unreported(self) -> Unreported:
+        """What `go_on` goes on from."""
+        rows = zip(self._mixture.languages, self._losses.totals.tolist(), strict=True)
+        return Unreported(
+            self._begin,
+            [[language, loss_sum, int(tokens)] for language, (loss_sum, tokens) in rows if tokens],
+        )
 
     def add(self, losses: LanguageLosses) -> None:
         """One step's, summed over all ranks."""
@@ -36,7 +57,7 @@ class MixtureReport:
         metrics = self._loss_metrics()
         metrics |= self._drawn(consumed_sequences)
         before = self._asked_before
-        self.restart(consumed_sequences)
+        self._restart(consumed_sequences)
         asked = self._by_family({code: n - before[code] for code, n in self._asked_before.items()})
         whole = sum(asked.values())
         if whole > 0:

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from pretrain.metrics_file import read_metrics
 from pretrain.predicted_losses import LEVEL, predicted_families
-from pretrain.tracker import read_metrics
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -22,7 +22,8 @@ from parallel.config import ParallelConfig
 from parallel.engine import Engine
 from parallel.runtime import Runtime
 from pretrain.config import PretrainConfig, TrainConfig
-from pretrain.tracker import StepLines, Tracker
+from pretrain.metrics_file import StepLines
+from pretrain.tracker import Tracker
 
 ROUTER_FILE = "router.jsonl"
 # The probe keeps router inputs in memory: of so many tokens, shared by all ranks, for each layer.

@@ -34,7 +34,9 @@ from parallel.progress_beacon import beacon
 from parallel.runtime import Runtime, initialize, shutdown
 from pretrain.anomaly_watch import open_anomaly_watch
 from pretrain.checkpoint import Checkpoints, Notify
+from pretrain.checkpoint_list import newest_settings
 from pretrain.config import PretrainConfig
+from pretrain.earlier_record import set_aside
 from pretrain.ending import report
 from pretrain.events import Events
 from pretrain.instruments import Instruments
@@ -43,15 +45,16 @@ from pretrain.predicted_losses import PredictedLosses, keep_law, write_predictio
 from pretrain.progress import Progress
 from pretrain.provenance import atomic_write_text, write_run_record
 from pretrain.router_report import open_router_report
-from pretrain.run_identity import asdict_plain, identity, vocabulary_of
+from pretrain.run_identity import asdict_plain, changed_settings, identity, vocabulary_of
 from pretrain.run_lock import RunFolderBusyError, RunLock
 from pretrain.run_status import RunStatus
 from pretrain.stop_signal import StopSignal, stop_signal
 from pretrain.throughput import ThroughputMeter, peak_flops_of_run, pipeline_bubble
-from pretrain.tracker import WANDB_RUN_ID_FILE, Tracker, make_tracker
+from pretrain.tracker import Tracker, make_tracker
 from pretrain.train_loop import Outcome, TrainLoop
 from pretrain.train_state import TrainState
 from pretrain.walltime import WallTime, end_of_time
+from pretrain.wandb_tracker import WANDB_RUN_ID_FILE
 
 
 def run(config: PretrainConfig, stop: StopSignal | None = None) -> Outcome:
@@ -135,8 +138,13 @@ def train(config: PretrainConfig, runtime: Runtime, stop: StopSignal, status: Ru
     events = Events(run_dir, enabled=runtime.rank == 0)
     checkpoints = open_checkpoints(config, data, runtime, events, status)
     state = checkpoints.resume(engine)  # a refused resume leaves no trace
+    changed = settings_changed(config, runtime, state)
+    anew = begin_anew(config, runtime, state)
     record_run(config, data, runtime, run_dir, resumed_step=state.step)
     status.starting(state.step, config.train.train_steps, runtime.world_size)
+    status.when_folder_goes(
+        lambda text: write_again(config, data, runtime, events, text, state.step)
+    )
     if state.step:
         ranks = "1 rank" if runtime.world_size == 1 else f"{runtime.world_size} ranks"
         events.write("resume", state.step, f"resumed on {ranks}")
@@ -148,6 +156,10 @@ def train(config: PretrainConfig, runtime: Runtime, stop: StopSignal, status: Ru
         log_interval=config.train.log_interval,
     )
     checkpoints.notify = notice(events, progress.message)
+    if changed:
+        checkpoints.notify("settings_changed", state.step, changed)
+    if anew:
+        checkpoints.notify("started_anew", 0, f"WARNING: {anew}")
     walltime = wall_time(config, runtime)
     checkpoints.patience = lambda: walltime.patience
     loop = TrainLoop(
@@ -184,7 +196,8 @@ def introduce(loop: TrainLoop, state: TrainState) -> None:
     config, data, runtime = loop.config, loop.data, loop.runtime
     loop.progress.message(runtime.describe())
     accelerators = accelerator_lines(config, runtime, loop.engine)
-    for line in [*accelerators, *memory_lines(config, data, runtime)]:
+    profile = profile_lines(config, state)
+    for line in [*accelerators, *memory_lines(config, data, runtime), *profile]:
         loop.progress.message(line)
     if loop.predictions is not None:
         loop.progress.message(predict_end(loop.predictions, config, state))
@@ -251,6 +264,7 @@ def open_checkpoints(
         config.checkpoint,
         identity(config, vocab_size(config, data), data.mixture.fingerprint()),
         notify=notice(events, print if runtime.rank == 0 else None),
+        rolls_back=config.anomaly.rolls_back,
     )
     checkpoints.may_publish = status.may_publish
     return checkpoints
@@ -407,6 +421,35 @@ def open_predictions(config: PretrainConfig, data: Data) -> PredictedLosses | No
     return PredictedLosses(law, data.mixture, count.non_embedding, unlike)
 
 
+def settings_changed(config: PretrainConfig, runtime: Runtime, state: TrainState) -> str:
+    """What a resume goes on with otherwise than the start before it; "" where nothing. To be
+    called before this start writes its own settings."""
+    run_dir = Path(config.run_dir)
+    before = newest_settings(run_dir) if runtime.rank == 0 and state.step else None
+    changed = changed_settings(config, before) if before is not None else []
+    if not changed:
+        return ""
+    assert before is not None
+    return f"settings changed since {before.name}, from step {state.step} on: {', '.join(changed)}"
+
+
+def begin_anew(config: PretrainConfig, runtime: Runtime, state: TrainState) -> str:
+    """Before a start from step 0 writes anything: what it has put out of its way, in words."""
+    if runtime.rank != 0 or state.step:
+        return ""
+    run_dir = Path(config.run_dir)
+    before = newest_settings(run_dir)
+    return set_aside(run_dir, changed_settings(config, before) if before is not None else None)
+
+
+def write_again(
+    config: PretrainConfig, data: Data, runtime: Runtime, events: Events, text: str, step: int
+) -> None:
+    """The folder of a run was made anew under it: what a start writes there, and the event."""
+    record_run(config, data, runtime, Path(config.run_dir), resumed_step=step)
+    events.write("run_folder_gone", beacon.step, text)
+
+
 def predict_end(predictions: PredictedLosses, config: PretrainConfig, state: TrainState) -> str:
     """Where the run should end, for its record and for whoever starts it."""
     end = predictions.end_point(state, config.train.train_steps, config.train.global_batch_size)
@@ -466,6 +509,20 @@ def accelerator_lines(config: PretrainConfig, runtime: Runtime, engine: Engine) 
         found += f" (not compiled: {model.why_not_compiled})"
     ignored = without_effect(config.parallel, config.deepspeed) if deepspeed else []
     return [f"fast paths: {found}", *packages, *(f"warning: {line}" for line in ignored)]
+
+
+def profile_lines(config: PretrainConfig, state: TrainState) -> list[str]:
+    """A warning where no step of the profiler's window will be taken."""
+    profile, last = config.profile, config.train.train_steps
+    if not profile.start_step or state.step >= last:
+        return []
+    end = profile.start_step + profile.steps - 1
+    if profile.start_step <= last and end > state.step:
+        return []
+    return [
+        f"warning: profile.start_step={profile.start_step} profile.steps={profile.steps}: nothing "
+        f"is traced, this start takes the steps {state.step + 1} to {last}"
+    ]
 
 
 def memory_lines(config: PretrainConfig, data: Data, runtime: Runtime) -> list[str]:

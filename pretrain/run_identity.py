@@ -11,15 +11,31 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import yaml  # type: ignore[import-untyped]
+from omegaconf import OmegaConf
+
 from data.language_mixture import stream_differences
 from models.config import ModelConfig
 from pretrain.config import CheckpointConfig, PretrainConfig, Resume
+from pretrain.provenance import hide_secret_values
 
 # Of the plain values. 1: the key "format" is missing, and with it what MAY_LACK lists.
-FORMAT = 2
+FORMAT = 3
 # Plain values that checkpoints of an older format do without, by the format.
 MAY_LACK = {
-    1: {"format", "identity.train", "train_state.wandb_run_id", "train_state.anomaly"},
+    1: {
+        *("format", "identity.train"),
+        *("train_state.wandb_run_id", "train_state.anomaly", "train_state.unreported"),
+    },
+    2: {"train_state.unreported"},
+}
+# Of the identity's "model", what decides how a router's scores become experts and gates.
+# Checkpoints from before it was compared lack it.
+_OF_GATES = {
+    "moe.router_topk",
+    "moe.router_score_function",
+    "moe.second_expert_policy",
+    "moe.normalize_gate_prob_before_dropping",
 }
 # Keys whose content the engine reads and checks, and what megatron-core notes about itself.
 _READ_ELSEWHERE = re.compile(r"model\d+|optimizer|content_metadata")
@@ -71,6 +87,11 @@ def model_identity(model: ModelConfig, vocab_size: int) -> dict[str, Any]:
             "moe.shared_expert_intermediate_size": moe.shared_expert_intermediate_size,
             "moe.router": moe.router.value,
             "moe.router_dim": moe.dim,
+            "moe.router_topk": moe.router_topk,
+            # of routers that do not read them these are at their defaults (models.moe_config)
+            "moe.router_score_function": moe.router_score_function.value,
+            "moe.second_expert_policy": moe.second_expert_policy.value,
+            "moe.normalize_gate_prob_before_dropping": moe.normalize_gate_prob_before_dropping,
         }
     return shape
 
@@ -85,7 +106,8 @@ def identity_problem(
     """Everything in `parts` in which the two differ; None where nothing does.
 
     The data may differ in what comes after `consumed_sequences`. "train" (what else decides about
-    the steps to come, such as the seed) is compared where it was saved.
+    the steps to come, such as the seed) is compared where it was saved; so is, of the model, what
+    earlier versions did not save.
     """
     differences = []
     for part in ("model", "train"):
@@ -95,7 +117,7 @@ def identity_problem(
         differences += [
             f"  {part}.{key}: {before.get(key)!r} saved, {now.get(key)!r} now"
             for key in sorted({*before, *now})
-            if before.get(key) != now.get(key)
+            if before.get(key) != now.get(key) and (key in before or key not in _OF_GATES)
         ]
     if "data" in parts:
         stream = stream_differences(
@@ -172,6 +194,34 @@ def plain_values_problem(
         + "\nUse the version that wrote it, or start a new run from its weights with "
         "checkpoint.load."
     )
+
+
+def changed_settings(config: PretrainConfig, file: Path) -> list[str]:
+    """Settings in which `config` differs from those in `file` (a run's config.yaml), each as
+    "optimizer.lr 0.001 -> 0.0003"; none where the file cannot be read."""
+    try:
+        before = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return []
+    if not isinstance(before, dict):
+        return []
+    written = OmegaConf.to_yaml(OmegaConf.structured(config))  # as runs write it
+    was, now = _flat(before), _flat(yaml.safe_load(hide_secret_values(written)))
+    return [
+        f"{name} {was[name]} -> {now[name]}"
+        for name in sorted(was.keys() & now.keys())
+        if was[name] != now[name] and name != "run_dir"
+    ]
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict) and value:
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
 
 
 def asdict_plain(settings: Any) -> dict[str, Any]:

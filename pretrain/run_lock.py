@@ -7,6 +7,7 @@ refused before it trains. Imports neither torch nor megatron-core.
 
 import errno
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -24,6 +25,7 @@ HEARTBEAT_SECONDS = 5.0
 STALE_SECONDS = 60.0
 
 _LOCK = "lock"
+_RUN_RECORD = "run.json"  # pretrain.provenance's
 _POLL_SECONDS = 0.2
 _NO_ID = "none"  # torchrun's --rdzv-id where none is given
 
@@ -43,6 +45,10 @@ class RunLock:
       as it said it would outlive a lost network, where the same torchrun started it (`--rdzv-id`
       tells). A start waits until it has seen either a heartbeat or that.
 
+    A folder that is removed or moved under the run is noticed at the next heartbeat: it is made
+    again and held, loudly, and what the run writes from there on goes into it. Where another run
+    has begun there meanwhile, by its lock or its run.json, the lock is lost.
+
     A run that lost its lock (it was suspended, or cut off from the file system, for longer) must
     stop: `check` says so.
 
@@ -60,6 +66,9 @@ class RunLock:
         self.lost = False
         self._made = False
         self.on_heartbeat: Callable[[], None] | None = None  # called after each one, from a thread
+        self.on_new_folder: Callable[[str], None] | None = None  # from the same thread
+        # the folder itself, whatever its name; open, or a new one might get its inode number
+        self._folder = -1
         self._job = slurm_job()
         self._torchrun = os.environ.get("TORCHELASTIC_RUN_ID", _NO_ID)
         about = self._job | {"torchrun_id": self._torchrun, "ends_alone_after": ends_alone_after}
@@ -72,6 +81,7 @@ class RunLock:
             self._made = not self.run_dir.exists()
             self.run_dir.mkdir(parents=True, exist_ok=True)
             self._take()
+            self._folder = os.open(self.run_dir, os.O_RDONLY)
         except OSError as error:
             self._remove_if_unused()
             raise ConfigError(unusable(self.run_dir, error)) from error
@@ -108,6 +118,7 @@ class RunLock:
         self._thread.join()  # or it might renew what is given back
         with suppress(OSError):
             self._file.give_back()
+        os.close(self._folder)
         self._remove_if_unused()
 
     def _remove_if_unused(self) -> None:
@@ -123,8 +134,8 @@ class RunLock:
         by = self._describe(holder) if holder else "another run"
         raise RunFolderBusyError(
             f"run_dir={self.run_dir} was taken over by {by}: this run gave no sign of life for "
-            f"{STALE_SECONDS:g} s (less where its own torchrun has started another). It ends here, "
-            "without saving"
+            f"{STALE_SECONDS:g} s (less where its own torchrun has started another), or its folder "
+            "was removed or moved. It ends here, without saving"
         )
 
     def holds(self) -> bool:
@@ -146,11 +157,39 @@ class RunLock:
     def _beat(self) -> None:
         while not self._stop.wait(HEARTBEAT_SECONDS):
             with suppress(OSError):  # a file system that has hiccups
-                if not self._file.renew():
+                if not self._renew():
                     self.lost = True
                     return
             if self.on_heartbeat is not None:
                 self.on_heartbeat()
+
+    def _renew(self) -> bool:
+        """Renew the lock, in a folder made anew if need be; False: the folder is another run's."""
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        if self._is_same_folder():
+            return self._file.renew()
+        if not self._file.is_ours() and (self.run_dir / _RUN_RECORD).exists():
+            return False  # only a start writes it
+        if not self._file.renew():
+            return False
+        os.close(self._folder)
+        self._folder = os.open(self.run_dir, os.O_RDONLY)
+        text = (
+            f"run_dir={self.run_dir} was removed or moved while this run writes it. The run goes "
+            "on, in a new folder of that name: later checkpoints and records go there, and earlier "
+            "checkpoints are not in it. If it was moved, stop this run before you start another"
+        )
+        print(f"\nWARNING: {text}\n", file=sys.stderr, flush=True)
+        if self.on_new_folder is not None:
+            self.on_new_folder(text)
+        return True
+
+    def _is_same_folder(self) -> bool:
+        now = self.run_dir.stat()
+        try:
+            return os.path.samestat(now, os.fstat(self._folder))
+        except OSError:  # NFS: the one that was there is gone
+            return False
 
     def _time_stamp(self) -> float:
         with suppress(OSError):

@@ -17,6 +17,7 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,12 @@ class RunStatus:
         self._writing = threading.Lock()
         if lock is not None:
             lock.on_heartbeat = self.heartbeat
+
+    def when_folder_goes(self, act: Callable[[str], None]) -> None:
+        """`act` is called, from a thread, with what to say, each time the run folder was removed or
+        moved under the run and is held again under its name."""
+        if self._lock is not None:
+            self._lock.on_new_folder = act
 
     def __enter__(self) -> "RunStatus":
         return self

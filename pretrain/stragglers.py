@@ -13,8 +13,8 @@ import torch.distributed as dist
 from parallel.runtime import Runtime
 from parallel.stage_clock import STAGES, Table
 from pretrain.config import ProfileConfig
+from pretrain.metrics_file import StepLines
 from pretrain.throughput import peak_memory_bytes
-from pretrain.tracker import StepLines
 
 STRAGGLERS_FILE = "stragglers.jsonl"
 

@@ -29,13 +29,14 @@ from pretrain.evaluate import evaluate
 from pretrain.events import Events
 from pretrain.instruments import Instruments
 from pretrain.learning_rate import learning_rate
+from pretrain.metrics_file import METRICS_FILE, read_metrics
 from pretrain.predicted_losses import PredictedLosses
 from pretrain.progress import Progress
 from pretrain.router_report import RouterReport
 from pretrain.run_status import RunStatus
 from pretrain.stop_signal import StopSignal
 from pretrain.throughput import ThroughputMeter, memory_metrics
-from pretrain.tracker import METRICS_FILE, Tracker, read_metrics
+from pretrain.tracker import Tracker
 from pretrain.train_state import TrainState
 from pretrain.train_step import StepMetrics, train_step
 from pretrain.walltime import WALLTIME, WallTime
@@ -221,9 +222,9 @@ class TrainLoop:
             self._record_start(state)
 
     def _roll_back(self, state: TrainState) -> None:
-        """Back to the newest checkpoint, to go on without the data of the step just taken."""
+        """Back to the newest regular save, to go on without the data of the step just taken."""
         sequences, from_step = self.config.train.global_batch_size, state.step
-        saved = self.checkpoints.go_back(self.engine)
+        saved = self.checkpoints.roll_back(self.engine)
         left_out = samples_to_leave_out(
             state.consumed_sequences - sequences,
             sequences,
@@ -279,15 +280,26 @@ class TrainLoop:
                 f"step {state.step} was not taken: {verdict.why} ({numbers}). What is known of its "
                 f"documents is in {self.config.run_dir}/anomalies. To go on from the newest "
                 f"checkpoint, set {verdict.setting}=skip or rollback, or lower optimizer.lr="
-                f"{self.config.optimizer.lr}"
+                f"{self.config.optimizer.lr}. Where the weights are broken, "
+                f"{self._where_from(state)}"
             )
         if skipped >= MOST_SKIPPED_UPDATES:
             raise RuntimeError(
                 f"{skipped} updates in a row were skipped, up to step {state.step}: {verdict.why} "
                 f"({numbers}); the weights are those before them. "
                 f"Lower optimizer.lr={self.config.optimizer.lr} or raise schedule.lr_warmup_steps="
-                f"{self.config.schedule.lr_warmup_steps}, and start from an earlier checkpoint"
+                f"{self.config.schedule.lr_warmup_steps}, and {self._where_from(state)}"
             )
+
+    def _where_from(self, state: TrainState) -> str:
+        """What to start from now that updates are not made: the last one that was made may have
+        broken the weights, and saves after it hold them. All ranks must call it."""
+        last_update = state.step - state.anomaly.skipped_in_a_row
+        before = f"from before the last update that was made, that of step {last_update}"
+        found = self.checkpoints.newest_before(last_update)
+        if found is None:
+            return f"start anew in another run_dir: there is no checkpoint {before}"
+        return f"start from {found}, the newest {before}: move the checkpoints after it away"
 
     def _evaluation_due(self, step: int) -> bool:
         interval = self.config.train.eval_interval

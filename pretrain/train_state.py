@@ -11,16 +11,28 @@ from pretrain.anomaly import AnomalyState
 
 
 @dataclass
+class Unreported:
+    """What the steps since the last report on the mixture add up to: plain values."""
+
+    consumed_sequences: int = 0  # where they begin
+    # of each language with valid tokens: [language, sum of losses in nats, valid tokens]
+    losses: list[list[Any]] = field(default_factory=list)
+
+
+@dataclass
 class TrainState:
     step: int = 0  # optimizer steps taken
     consumed_sequences: int = 0
     consumed_tokens: int = 0  # valid tokens
     wandb_run_id: str | None = None  # so that a resumed run is the same one there, too
     anomaly: AnomalyState = field(default_factory=AnomalyState)
+    unreported: Unreported = field(default_factory=Unreported)  # kept up to date by Instruments
 
     def __post_init__(self) -> None:
         if isinstance(self.anomaly, dict):  # as `to_dict` gave it
             self.anomaly = AnomalyState(**self.anomaly)
+        if isinstance(self.unreported, dict):
+            self.unreported = Unreported(**self.unreported)
 
     def advance(self, sequences: int, tokens: int) -> None:
         self.step += 1
@@ -33,6 +45,7 @@ class TrainState:
         self.consumed_sequences = saved.consumed_sequences
         self.consumed_tokens = saved.consumed_tokens
         self.anomaly = self.anomaly.rolled_back(saved.anomaly, left_out)
+        self.unreported = saved.unreported
 
     def rollback(self) -> dict[str, Any]:
         """Right after `go_back`: what the checkpoint does not know of it."""

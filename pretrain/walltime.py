@@ -16,6 +16,7 @@ LAST_WORDS_SECONDS = 5.0  # in which a run that could not save says so and ends
 WALLTIME = "walltime"  # what stopped a run, where signals are named by their names
 
 _DAYS_AND_CLOCK = re.compile(r"(?:(\d+)-)?(\d+):([0-5]\d):([0-5]\d)")
+_CLOCK = re.compile(r"(\d+):([0-5]\d)")
 _WITH_UNIT = r"(\d+(?:\.\d+)?)\s*(d|h|m|s)(?:ays?|rs?|ours?|ins?|inutes?|ecs?|econds?)?"  # 24 hours
 _SECONDS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
 # YAML reads an unquoted 12:00:00 as a number to the base of 60. The smallest it makes of hours,
@@ -40,6 +41,11 @@ def walltime_seconds(text: str) -> float:
         )
     else:
         meant = _with_units(text)
+        if meant and (clock := _CLOCK.fullmatch(text.strip())):
+            meant += (
+                f", or {int(clock[1]) // 60}:{int(clock[1]) % 60:02d}:{clock[2]} where minutes "
+            )
+            meant += "and seconds were meant, as SLURM reads it"
         raise ValueError(
             "must be [D-]HH:MM:SS, such as 23:30:00, or minutes, such as 90"
             + (f"; write {meant}" if meant else "")
@@ -49,13 +55,25 @@ def walltime_seconds(text: str) -> float:
     return float(total)
 
 
+def grace_problem(grace: float, setting: str, walltime: str) -> str | None:
+    """Why a run of this walltime (`setting` names it) would stop before it has begun; None where it
+    would not. grace: in seconds."""
+    seconds = walltime_seconds(walltime)
+    if grace < seconds:
+        return None
+    return (
+        f"fault_tolerance.grace_seconds={grace:g} must be shorter than {setting}={walltime}, or "
+        f"the run is told to stop before it has started; use {min(60, seconds / 2):g}"
+    )
+
+
 def _with_units(text: str) -> str | None:
     """24h, 1d12h, 90 min and 12:30 as HH:MM:SS; None for what is no time."""
     text = text.strip().lower()
     if re.fullmatch(rf"(?:{_WITH_UNIT}\s*)+", text):
         found = re.findall(_WITH_UNIT, text)
         seconds = sum(float(number) * _SECONDS[unit] for number, unit in found)
-    elif clock := re.fullmatch(r"(\d+):([0-5]\d)", text):
+    elif clock := _CLOCK.fullmatch(text):
         seconds = 60 * (60 * int(clock[1]) + int(clock[2]))
     else:
         return None

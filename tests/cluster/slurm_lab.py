@@ -56,7 +56,7 @@ SlurmdParameters=config_overrides
 SlurmdTimeout={node_timeout}
 SchedulerParameters=sched_min_interval=100000,batch_sched_delay=0,sched_interval=2,bf_interval=2
 JobRequeue=1
-KillWait=5
+KillWait={kill_wait}
 MinJobAge=300
 AccountingStorageType=accounting_storage/none
 JobAcctGatherType=jobacct_gather/none
@@ -83,6 +83,7 @@ class SlurmLab:
         node_timeout: seconds after which a silent node is down.
         grace_time: with a second partition "urgent", whose jobs take the nodes from those in "main"
             so many seconds after telling them, and send these back into the queue.
+        kill_wait: seconds from SIGTERM to SIGKILL for what SLURM ends, as without a grace time.
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class SlurmLab:
         cpus_per_node: int = 2,
         node_timeout: int = 300,
         grace_time: int | None = None,
+        kill_wait: int = 5,
     ) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="slurm-lab-"))
         self.nodes = [f"n{number}" for number in range(1, nodes + 1)]
@@ -99,6 +101,7 @@ class SlurmLab:
         self._cpus = cpus_per_node
         self._node_timeout = node_timeout
         self._grace_time = grace_time
+        self._kill_wait = kill_wait
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
 
     def __enter__(self) -> "SlurmLab":
@@ -205,7 +208,11 @@ class SlurmLab:
             lines.append("PartitionName=urgent Nodes=ALL State=UP PriorityTier=9 PreemptMode=OFF")
         lines.append(main)
         text = CONFIGURATION.format(
-            folder=self.folder, host=host, port=controller, node_timeout=self._node_timeout
+            folder=self.folder,
+            host=host,
+            port=controller,
+            node_timeout=self._node_timeout,
+            kill_wait=self._kill_wait,
         )
         self.conf.write_text(text + "\n".join(lines) + "\n")
         for number in range(GPUS):
@@ -217,7 +224,12 @@ class SlurmLab:
         key = self.folder / "munge.key"
         key.write_bytes(secrets.token_bytes(128))
         key.chmod(0o400)
-        here = {"key": key, "pid": "munge.pid", "log": "log/munged.log", "seed": "munge.seed"}
+        here: dict[str, str | Path] = {
+            "key": key,
+            "pid": "munge.pid",
+            "log": "log/munged.log",
+            "seed": "munge.seed",
+        }
         files = [f"--{name}-file={self.folder / path}" for name, path in here.items()]
         socket_option = f"--socket={self.folder}/munge.socket"
         self._start("munged", "munged", "--foreground", "--force", socket_option, *files)

@@ -5,8 +5,10 @@ torchrun does: a session of its own, its exit status, TERM passed on and an exit
 it, no word about USR1. The worker counts steps
 and leaves behind what a run does, through the run's own RunLock and RunStatus.
 
-Environment: HOLD_AT=STEP, to wait there for USR1 at the first start; FAIL_AT=STEP, to fail there on
-the second node while the first waits for it as in a collective, with FAIL_ONCE at the first start.
+Environment: HOLD_AT=STEP, to wait there for USR1 or TERM at the first start, and HOLD_AT=STEP,STEP
+at the second too, at start DEAF for ever, as in a step that takes too long; FAIL_AT=STEP, to fail
+there on the second node while the first waits for it as in a collective, with FAIL_ONCE only at the
+first start.
 """
 
 import os
@@ -23,7 +25,10 @@ from pretrain.run_status import FINISHED, RunStatus, read_status
 
 SAVE_INTERVAL = 5  # steps
 FIRST_START = "SLURM_RESTART_COUNT" not in os.environ
-HOLDS = int(os.environ.get("HOLD_AT", "-1")) if FIRST_START else -1
+HOLD_AT = dict(enumerate(map(int, os.environ.get("HOLD_AT", "-1").split(","))))
+START = os.environ.get("SLURM_RESTART_COUNT", "0")
+HOLDS = HOLD_AT.get(int(START), -1)
+DEAF = os.environ.get("DEAF") == START
 FAILS = int(os.environ.get("FAIL_AT", "-1")) if FIRST_START or "FAIL_ONCE" not in os.environ else -1
 
 
@@ -60,7 +65,7 @@ def worker(words: list[str]) -> int:
                 file.write(f"{step} {os.environ.get('SLURM_RESTART_COUNT', '0')}\n")
             if step == FAILS:  # in a collective that never ends, no word is heard
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            while step == FAILS or (step == HOLDS and not stopped):
+            while step == FAILS or (step == HOLDS and (DEAF or not stopped)):
                 time.sleep(0.02)
             if step % SAVE_INTERVAL == 0 or stopped or step == steps:
                 (run_dir / "checkpoints" / f"step_{step:08d}").mkdir(parents=True)

@@ -17,7 +17,7 @@ import pytest
 
 from benchmarks.recovery import workers_of
 from pretrain.events import read_events
-from pretrain.tracker import read_metrics
+from pretrain.metrics_file import read_metrics
 from tests.cluster.hosts import Hosts, why_not
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -256,6 +256,31 @@ def test_preempted_it_saves_and_goes_on(
         assert "failed" not in run.log(job)
 
 
+def test_preempted_without_a_grace_time_as_often_as_it_may_be_requeued(
+    stand_in: list[str], tmp_path: Path, environment: pytest.MonkeyPatch
+) -> None:
+    """SLURM requeues by itself: TERM, KillWait seconds, KILL. The script is not asked."""
+    with SlurmLab(grace_time=0) as lab, environment.context() as patch:
+        patch.setenv("SLURM_CONF", str(lab.conf))
+        run = Run(lab, tmp_path / "run")
+        words = ["cluster.environment.HOLD_AT='7,14'", "cluster.environment.DEAF='1'"]
+        first, second = run.submit(*stand_in, *words, "cluster.max_requeues=1", "chain=2")
+        for step in (7, 14):
+            run.wait_for_step(step)
+            lab.run(
+                *("sbatch", "--partition=urgent", "--nodes=2", "--exclusive"),
+                *("--output=/dev/null", "--wrap=true"),
+            )
+        lab.wait(lambda: lab.job_state(first) == "PREEMPTED", 60)
+        assert lab.job(first)["Restarts"] == "1"
+        log = run.log(first)
+        assert "the last start, as cluster.max_requeues=1: SLURM is told not to requeue" in log
+        assert run.wait_for_end(second) == "COMPLETED"
+        # the first start had the time to save, the second was killed after its save at 10
+        starts = run.steps()
+        assert starts == {"0": [*range(1, 8), *range(11, 41)], "1": [*range(8, 15)]}
+
+
 @pytest.mark.slow
 def test_the_node_of_the_batch_script_dies(
     stand_in: list[str], tmp_path: Path, environment: pytest.MonkeyPatch

@@ -126,6 +126,29 @@ def test_preempted_and_requeued_a_job_ends_with_the_losses_of_one_left_alone(
     print(f"training again {resumed['time'] - stop['time']:.1f} s after the stop")
 
 
+def test_preempted_without_a_grace_time_a_job_goes_on_from_its_last_checkpoint(
+    undisturbed: dict[tuple[int, str], float], tmp_path: Path
+) -> None:
+    """SLURM requeues it at once; whether there is time to save is for the machine to say."""
+    run_dir = tmp_path / "run"
+    with (
+        SlurmLab(cpus_per_node=1, grace_time=0, kill_wait=0) as lab,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setenv("SLURM_CONF", str(lab.conf))
+        job = start(lab, run_dir)
+        words = ["--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null"]
+        urgent = lab.run("sbatch", "--parsable", *words, "--wrap=sleep 1")
+        assert end(lab, urgent, run_dir) == "COMPLETED"
+        assert end(lab, job, run_dir) == "COMPLETED"
+        assert lab.job(job)["Restarts"] == "1"
+    assert curves(run_dir) == undisturbed
+    (resumed,) = [event for event in read_events(run_dir) if event["kind"] == "resume"]
+    log = (run_dir / "logs" / f"slurm-{job}.log").read_text()
+    assert f"start 1: 2 nodes (n[1-2]), 127.0.0.1:20001; from {run_dir}/checkpoints/" in log
+    assert f"/step_{resumed['step']:08d}\n" in log
+
+
 def test_restarts_within_a_job(lab: SlurmLab, tmp_path: Path) -> None:
     """torchrun's own, after a process was killed: SLURM does not notice."""
     run_dir = tmp_path / "run"

@@ -78,6 +78,7 @@ def test_a_cap_with_repeats_is_broken(stores: list[TokenStore]) -> None:
     text = describe(plan)
     assert "CAP BROKEN" in text and "never drawn" in text
     assert "1 language goes beyond the cap, most of all hi: 4.04 epochs, 4 allowed" in text
+    assert "the cap, data.mixture.language_max_epochs.hi or data.mixture.max_epochs." in text
 
 
 def test_a_cap_with_redistribution_holds(stores: list[TokenStore]) -> None:
@@ -115,6 +116,8 @@ def test_data_that_ends_early(stores: list[TokenStore], policy: WhenExhausted, a
     assert not plan.ok and not any(r.broken for r in plan.rows)
     assert sum(r.planned_samples for r in plan.families) == plan.drawn
     assert f"The data ends at sample {plan.drawn:,} of 10,000, in step " in describe(plan)
+    fits = plan.drawn // plan.global_batch_size
+    assert f"Use train.train_steps={fits} or less, " in describe(plan)
     assert advice in describe(plan)
 
 

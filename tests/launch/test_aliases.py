@@ -8,7 +8,7 @@ import pytest
 
 from launch.aliases import ADVICE, ALIASES, REFUSED_VALUES
 from launch.check import check, main
-from launch.foreign_flags import take_flags, words_of_flags
+from launch.foreign_flags import with_words
 from launch.schema import load, settings
 from parallel.config import ConfigError
 
@@ -57,6 +57,7 @@ def test_what_is_meant_exists() -> None:
         "save=x": "run_dir",
         "load=x": "checkpoint.load",
         "train.save_interval=5": "checkpoint.save_interval",
+        "cpu_offload=true": "deepspeed.offload_optimizer",
         "+zero_optimization.stage=1": "deepspeed.zero_stage",
         "parallel.zero-stage=1": "deepspeed.zero_stage",
     }.items(),
@@ -82,6 +83,12 @@ def test_a_name_of_others(word: str, meant: str) -> None:
         "fp16=true": "fp16 is not supported; write parallel.precision=bf16",
         "wandb.name=x": "it is the last folder of run_dir",
         "optimizer.type=adam": "it is AdamW always; leave it out",
+        "use_deepspeed=true": "write engine=deepspeed",
+        "deepspeed=true": "write engine=deepspeed",
+        "zero_optimization.offload_optimizer.device=cpu": "write deepspeed.offload_optimizer=true",
+        "nodes=2": "torchrun's --nnodes says how many",
+        "gpus=8": "torchrun's --nproc-per-node says how many",
+        "nproc_per_node=8": "torchrun's --nproc-per-node says how many",
         "precision=fp8": "parallel.precision, one of auto, fp32, bf16",
         "train.train_tokens=300B": "tokens / (train.global_batch_size x data.seq_length)",
     }.items(),
@@ -94,6 +101,10 @@ def test_a_precision_that_is_not_supported_has_no_neighbour() -> None:
     told = refused("parallel.precision=fp8")
     assert told.endswith("must be one of auto, fp32, bf16; fp8 is not supported, use bf16")
     assert "did you mean bf16" in refused("parallel.precision=bf17")
+
+
+def test_off_is_not_nearly_offline() -> None:
+    assert refused("wandb.mode=off").endswith("; did you mean disabled?")
 
 
 def test_tokens_are_counted_in_steps() -> None:
@@ -109,14 +120,14 @@ def test_a_value_that_is_no_number_of_tokens() -> None:
 
 def test_flags_become_words() -> None:
     typed = "--tensor-model-parallel-size 2 --bf16 a=1 --no-async-save --lr=1e-3 --seed -1 --nodes"
-    rest, flags = take_flags(typed.split(), ["--nodes"])
-    assert rest == ["a=1", "--nodes"]
-    words, problems = words_of_flags(flags, ["--nodes"])
+    words, problems = with_words(typed.split(), ["--nodes"])
     assert words == [
         "parallel.tensor_model_parallel_size=2",
         "parallel.precision=bf16",
+        "a=1",
         "checkpoint.async_save=false",
         "optimizer.lr=1e-3",
+        "--nodes",
     ]
     assert problems[0] == (
         "--tensor-model-parallel-size 2: settings are words here; write "
@@ -136,7 +147,15 @@ def test_flags_become_words() -> None:
         "--training.steps 5": "write train.train_steps=5",
         "--tensor-parallel 2": "write parallel.tensor_model_parallel_size=2",
         "--lr": "write optimizer.lr=VALUE",
-        "--swiglu": "there is no such option",
+        "--swiglu": "write model.activation=swiglu",
+        "--disable-bias-linear": "write model.add_bias_linear=false",
+        "--lr-warmup-fraction 0.01": "which counts steps; write there that share",
+        "--normalization RMSNorm": "write model.normalization=rms_norm",
+        "--train-iters 10k": "settings are words here; write train.train_steps=10000",
+        "--deepspeed": "write engine=deepspeed",
+        "--eval-iters 10": "no such option; of settings magnetron-pretrain --cfg job prints all",
+        "--submit": "no such option; of settings magnetron-pretrain --cfg job prints all",
+        "--cfg job": "it is an option of the launcher, launch/pretrain.py; leave it out here",
         "--gradient-accumulation-steps 4": "data-parallel size",
     }.items(),
 )
@@ -145,6 +164,11 @@ def test_flags_hide_nothing(flags: str, says: str, capsys: pytest.CaptureFixture
     told = capsys.readouterr().out
     assert f"settings: {flags}: " in told and says in told
     assert "optimizer.lr=fast must be a number" in told
+
+
+def test_a_flag_keeps_its_place() -> None:
+    said = with_words(["--lr", "1e-3", "optimizer.lr=2e-3"], [])[0]
+    assert said == ["optimizer.lr=1e-3", "optimizer.lr=2e-3"]
 
 
 def test_a_flag_is_taken_as_it_should_be_written(capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,7 +22,7 @@ from launch.findings import ERROR, NOTE, WARNING, Findings
 from launch.leaner_layout import _finer, leaner
 from launch.nearest_layout import nearest_layout
 from launch.origins import COMMAND_LINE, DEFAULT
-from launch.schema import broken_rules_across_rooms, load
+from launch.schema import CONF, broken_rules_across_rooms, load
 from launch.units import number_meant
 from parallel.checkpoint_reader import CheckpointReader
 from pretrain.config import CheckpointConfig, TrainConfig
@@ -410,7 +410,8 @@ def test_machines_that_agree(stores: str) -> None:
 @pytest.mark.parametrize(
     ("tensor", "machines", "says"),
     [
-        (4, Machines(8, None, 2), "spans nodes of 2 processes"),
+        (4, Machines(8, None, 2), "spans nodes of 2 processes, at the speed of the network; use 2"),
+        (4, Machines(4, None, 1), "nodes of 1 process, at the speed of the network; use 1, and"),
         (4, Machines(None, 2, 6), "does not divide the 6 processes of a node"),
         (4, Machines(None, 2, 4), None),
         (4, Machines(8), None),
@@ -508,7 +509,7 @@ def test_the_cheapest_change_comes_first() -> None:
             "train.train_steps",
             "0.5",
             int,
-            "it counts steps and is no share of them",
+            "it counts steps: 0.5 of train.train_steps=10000 would be 5000",
         ),
         (
             "train.global_batch_size",
@@ -605,6 +606,12 @@ def test_how_many_checkpoints_lie_there_at_once(
     assert kept_at_once(config) == count
 
 
+def test_what_a_rollback_goes_back_to_lies_there_as_well() -> None:
+    config = load(["+model=magneto_tiny", "anomaly.on_spike=rollback"])
+    config.train.train_steps, config.checkpoint.save_interval = 10_000, 500
+    assert kept_at_once(config) == 5
+
+
 def test_the_size_of_a_checkpoint_is_that_on_the_disk(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
@@ -616,3 +623,9 @@ def test_the_size_of_a_checkpoint_is_that_on_the_disk(
     config = load([*SMALL, "parallel.precision=fp32"])
     predicted = checkpoint_bytes(config, load_tokenizer(DEMO_TOKENIZER).vocab_size)
     assert predicted == pytest.approx(on_disk, rel=0.01)
+
+
+def test_whoever_reads_may_stop_reading() -> None:
+    command = f"{sys.executable} -m launch.check +experiment=demo | true"
+    ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=CONF.parent)
+    assert ended.stderr == ""

@@ -96,6 +96,21 @@ def test_broken(entry: dict[str, Any], files: BrokenFiles) -> None:
         assert not report.of(ERROR), told
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["data.mixture.alpha=-1", "data.mixture.weighting=temperature"],
+        ["data.mixture.max_epochs=0"],
+        ["data.mixture.language_max_epochs={de: 0}"],
+        ["data.mixture.weighting=unimax"],  # without budget and max_epochs
+    ],
+)
+def test_a_broken_mixture_is_not_looked_into(words: list[str], files: BrokenFiles) -> None:
+    report = check([*SMALL, f"data.store_dir={files.path('stores')}", *words])
+    told = [one for one in report.findings if one.severity in (ERROR, "warning")]
+    assert {one.topic for one in told} == {"settings"}, told
+
+
 def test_there_are_as_many_as_the_page_says() -> None:
     assert len(ENTRIES) >= 100
     assert f"has {len(ENTRIES)} launches" in Path(CONF.parent, "docs", "check.md").read_text()

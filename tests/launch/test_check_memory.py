@@ -230,6 +230,19 @@ def proposed(words: Sequence[str], processes: int, device: str) -> list[str]:
     return more
 
 
+def test_nothing_is_proposed_for_what_is_refused_on_a_gpu() -> None:
+    config = load(["+model=xmoe_1b_16e", "engine=deepspeed"])  # its routers are in fp32, see there
+    assert told(WARNING, config, Planned(8, ""), device="a10-24gb") == []
+    (note,) = told(NOTE, config, Planned(8, ""), device="a10-24gb")
+    assert note.startswith("memory is not predicted, because there are errors")
+
+
+def test_there_is_no_micro_batch_below_one() -> None:
+    words = ["+model=xmoe_1b_16e", "parallel=ep8", "parallel.recompute_granularity=full"]
+    (warning,) = told(WARNING, load(words), Planned(8, ""), device="a10-24gb")
+    assert warning.endswith("set model.moe.expert_capacity_factor=1.25")
+
+
 @with_deepspeed
 def test_the_other_engine_where_nothing_else_fits() -> None:
     more = proposed(["+model=magneto_2_7b"], 1, "24GiB")

@@ -29,7 +29,11 @@ from parallel.runtime import initialize, shutdown
 from parallel.safe_pickle import UnsafePickleError
 from pretrain import safetensors_file
 from pretrain.checkpoint import Checkpoints
-from pretrain.checkpoint_list import find_checkpoint, find_checkpoints
+from pretrain.checkpoint_list import (
+    DamagedCheckpointError,
+    find_checkpoint,
+    find_checkpoints,
+)
 from pretrain.compare_checkpoints import compare
 from pretrain.config import CheckpointConfig
 from pretrain.convert_checkpoint import to_checkpoint
@@ -219,15 +223,9 @@ def plant(folder: Path, file: str, trap: Path) -> None:
     elif file == "common.pt":
         torch.save({"train_state": evil}, folder / file)
     elif file in ("object", "tensor"):
-        index = pickle.loads((folder / ".metadata").read_bytes())
-        places = index.storage_data
-        is_object = file == "object"
-        place = places[next(key for key in places if ("_extra_state" in key.fqn) == is_object)]
         inside = io.BytesIO()
         torch.save(evil, inside)
-        with open(folder / place.relative_path, "ab") as end:
-            place.offset, place.length = end.tell(), end.write(inside.getvalue())
-        (folder / ".metadata").write_bytes(pickle.dumps(index))
+        exchange(folder, file, inside.getvalue())
     else:
         index = CheckpointReader(folder)
         piece = next(iter(index.weights.values())).pieces[0]
@@ -237,6 +235,16 @@ def plant(folder: Path, file: str, trap: Path) -> None:
         content[piece.start : piece.start + piece.length] = inside.ljust(piece.length, b"\0")
         (folder / piece.file).write_bytes(content[: piece.start] + inside)
         (folder / "evil").unlink()
+
+
+def exchange(folder: Path, kind: str, content: bytes) -> None:
+    """Have the index of a checkpoint find `content` where its first "object" or "tensor" is."""
+    index = pickle.loads((folder / ".metadata").read_bytes())
+    places, is_object = index.storage_data, kind == "object"
+    place = places[next(key for key in places if ("_extra_state" in key.fqn) == is_object)]
+    with open(folder / place.relative_path, "ab") as end:
+        place.offset, place.length = end.tell(), end.write(content)
+    (folder / ".metadata").write_bytes(pickle.dumps(index))
 
 
 @pytest.mark.parametrize("file", [".metadata", "common.pt", "__0_0.distcp", "object"])
@@ -257,10 +265,33 @@ def test_nothing_that_a_file_names_is_executed(copy: Path, tmp_path: Path, file:
     assert trap.exists()
 
 
+def test_nobody_is_told_how_to_run_a_tensor(copy: Path, tmp_path: Path) -> None:
+    """torch.load's own error goes on with how to load such a file all the same."""
+    folder, trap = find_checkpoint(copy), tmp_path / "trap"
+    in_a_zip, raw, of_protocol_4 = io.BytesIO(), pickle.dumps(Malicious(trap)), io.BytesIO()
+    torch.save(Malicious(trap), in_a_zip)
+    torch.save({"a": 1}, of_protocol_4, pickle_protocol=4)
+    for content, said in (
+        (in_a_zip.getvalue(), "it names posix.system, which weights do not need; nothing of it"),
+        (raw, "what is pickled in it are not weights alone; nothing of it was executed"),
+    ):
+        exchange(folder, "tensor", content)
+        write_manifest(folder)
+        for words in (["convert", folder, tmp_path / "out"], ["diff", folder, folder]):
+            with pytest.raises(CheckpointFormatError, match=r"damaged where .* lies: ") as refused:
+                call(*words)
+            assert said in str(refused.value) and "weights_only" not in str(refused.value)
+    exchange(folder, "object", of_protocol_4.getvalue())  # which torch does not read
+    with pytest.raises(CheckpointFormatError, match=r"_extra_state.* lies: .* not weights alone"):
+        CheckpointReader(folder).check_harmless()
+    assert not trap.exists()
+
+
 @pytest.mark.parametrize("file", [".metadata", "object"])
 def test_a_model_is_not_loaded_from_them(copy: Path, tmp_path: Path, file: str) -> None:
     folder, trap = find_checkpoint(copy), tmp_path / "trap"
     plant(folder, file, trap)
+    write_manifest(folder)  # whoever can write the one can write the other
     with pytest.raises(RankFailed, match=r"could not read .* names posix\.system"):
         run_on_gloo(1, live_logits, folder, MODEL, IDS)
     with pytest.raises(UnsafePickleError, match=r"names posix\.system"):
@@ -411,6 +442,51 @@ def test_a_copy_without_optimizer_is_a_checkpoint_like_any_other(
     assert "tensors only in the first: 38" in capsys.readouterr().out
     with pytest.raises(FileExistsError, match="exists already"):
         call("convert", run, target)
+
+
+@pytest.mark.parametrize("way", [[], ["--weights-only"], ["--safetensors"]])
+def test_what_is_damaged_is_not_copied(copy: Path, tmp_path: Path, way: list[str]) -> None:
+    """The copy's manifest would call it sound."""
+    folder = find_checkpoint(copy)
+    path = folder / "__1_0.distcp"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DamagedCheckpointError, match=r"is damaged: __1_0\.distcp has checksum"):
+        call("convert", copy, tmp_path / "out", *way)
+    assert call("convert", copy, tmp_path / "out", *way, "--step", 2) == 0
+
+
+def test_a_copy_of_what_cannot_be_compared_comes_with_a_warning(
+    copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = find_checkpoint(copy)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["files"]["__1_0.distcp"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DamagedCheckpointError, match=r"__1_0\.distcp is not in manifest\.json"):
+        call("convert", copy, tmp_path / "out")
+    (folder / "manifest.json").write_text("{")
+    with pytest.raises(DamagedCheckpointError, match=r"manifest\.json cannot be read"):
+        call("convert", copy, tmp_path / "out")
+    write_manifest(folder, checksums=False)
+    assert call("convert", copy, tmp_path / "sizes") == 0
+    assert "warning: " in (said := capsys.readouterr().err) and "verify_integrity=false" in said
+    (folder / "manifest.json").unlink()
+    assert call("convert", copy, tmp_path / "out") == 0
+    assert "has no manifest.json: nothing tells whether" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("way", [[], ["--safetensors"]])
+def test_a_copy_is_not_taken_for_another_step(copy: Path, tmp_path: Path, way: list[str]) -> None:
+    inside = copy / "checkpoints"
+    for name in ("step_00000099", "step_00000099.damaged"):
+        with pytest.raises(ValueError, match="lies among the checkpoints of the run"):
+            call("convert", copy, inside / name, *way)
+    with pytest.raises(ValueError, match=r"the name of step 99, and .* of step 10; choose step_"):
+        call("convert", copy, tmp_path / "step_00000099", *way)
+    assert call("convert", copy, tmp_path / "step_00000010", *way) == 0
+    assert call("convert", copy, inside / "weights", *way) == 0
 
 
 def test_a_run_starts_from_weights_alone(run: Path, tmp_path: Path) -> None:

@@ -30,6 +30,9 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         ("cluster.gpus_per_node=many", "cluster.gpus_per_node=many must be a whole number"),
         ("cluster.exclusive=maybe", "cluster.exclusive=maybe must be true or false"),
         ("cluster.cpus_per_node=x", "cluster.cpus_per_node=x must be a whole number, or null"),
+        ("cluster.walltime=90:00", "write 90:00:00, or 1:30:00 where minutes and seconds"),
+        ("cluster.sbatch_arguments=[--nodes=9]", "'--nodes=9' is written by nodes=N; give it"),
+        ("cluster.sbatch_arguments=[-t 9]", "'-t 9' is written by cluster.walltime; give it there"),
         ("cluster.partition", "cluster.partition is not SETTING=VALUE"),
     ],
 )  # fmt: skip
@@ -72,7 +75,7 @@ def test_a_site_that_is_not_there_is_no_cluster() -> None:
         ("1.5 hours", "1:30:00"),
         ("12h30m", "12:30:00"),
         ("45s", "0:00:45"),
-        ("12:30", "12:30:00"),
+        ("12:30", "12:30:00, or 0:12:30 where minutes and seconds were meant, as SLURM reads it"),
     ],
 )
 def test_a_time_with_a_unit(text: str, meant: str) -> None:
@@ -95,3 +98,14 @@ def test_minutes_that_may_be_hours(capsys: pytest.CaptureFixture[str]) -> None:
     )
     assert main([*WORDS, "cluster.walltime=48"]) == 0
     assert f"warning: {says}" in capsys.readouterr().err
+
+
+def test_all_of_a_sites_file_is_told(tmp_path: Path) -> None:
+    site = tmp_path / "mine.yaml"
+    site.write_text("partion: gpu\ngpus_per_node: eight\nmemory_per_node: 64GB\naccount: us\n")
+    with pytest.raises(ConfigError) as caught:
+        cluster_that_fits(str(site), [])
+    told = "\n".join(caught.value.problems)
+    for says in ("mine.yaml: there is no setting cluster.partion", "mine.yaml: gpus_per_node=eight"
+                 " must be a whole number", "cluster.memory_per_node=64GB"):  # fmt: skip
+        assert says in told

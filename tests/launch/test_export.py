@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from importlib.util import find_spec
@@ -28,8 +29,10 @@ from models.config import (
 )
 from models.hugging_face.mapping import Architecture, architecture_of
 from models.moe_config import MoEConfig, RouterType, ScoreFunction, SecondExpertPolicy
+from parallel.checkpoint_manifest import write_manifest
 from parallel.config import ParallelConfig
 from pretrain import export, export_check
+from pretrain.checkpoint_list import DamagedCheckpointError
 from pretrain.convert_checkpoint import to_checkpoint
 from pretrain.export_check import ExportError
 from tests.distributed import run_on_gloo
@@ -265,7 +268,8 @@ def test_an_answer_that_differs_is_refused(tmp_path: Path) -> None:
         },
     }
     said = run_on_gloo(1, refusals, tmp_path, list(answers.values()))[0]
-    for expected, text in zip(answers, said, strict=True):
+    no_models = "the checkpoint's own logits are no model's: the largest of 64 tokens is "
+    for expected, text in zip([*answers, no_models], said, strict=True):
         assert expected in text
 
 
@@ -282,6 +286,12 @@ def refusals(folder: Path, answers: list[dict[str, Any]]) -> list[str]:
         with pytest.raises(ExportError) as error:
             export_check.compare(live, request, right | changes | {"logits": logits}, tokenizer)
         said.append(str(error.value))
+    with torch.no_grad():  # a bit that flipped in an exponent
+        live.chunk.embedding.word_embeddings.weight.mul_(2.0**100)
+    wild = live.logits(request["ids"])
+    with pytest.raises(ExportError) as error:
+        export_check.compare(live, request, right | {"logits": wild}, tokenizer)
+    said.append(str(error.value))
     live.close()
     return said
 
@@ -366,10 +376,12 @@ def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
     plain = torch.load(checkpoint / "common.pt", weights_only=True)
     plain["identity"]["data"] = {"tokenizer": "f" * 64}
     torch.save(plain, checkpoint / "common.pt")
+    write_manifest(checkpoint)
     with pytest.raises(ValueError, match="is not the tokenizer this model was trained with"):
         export.export(tmp_path / "run", tmp_path / "out")
     del plain["identity"]["data"]  # as in imported weights
     torch.save(plain, checkpoint / "common.pt")
+    write_manifest(checkpoint)
     demo = str(DEMO_TOKENIZER)
     generating = [str(tmp_path / "run"), "Die", "--tokenizer"]
     for words, said in (([], "does not say with which tokenizer"), ([demo], "8192 ids, the model")):
@@ -395,6 +407,53 @@ def test_text_is_generated_from_all_that_names_a_checkpoint(tmp_path: Path) -> N
     assert error == (
         f"error: {tmp_path} holds no complete checkpoint; it holds runs: {run}; name one of them\n"
     )
+
+
+def flip_a_bit(path: Path) -> None:
+    """The lowest one of a number: nothing but the checksum tells."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def write_another_tokenizer(path: Path) -> None:
+    plain = torch.load(path, weights_only=True)
+    plain["identity"]["data"]["tokenizer"] = "f" * 64
+    torch.save(plain, path)
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"), [("__0_0.distcp", flip_a_bit), ("common.pt", write_another_tokenizer)]
+)
+def test_a_damaged_checkpoint_gives_no_text_and_no_export(
+    tmp_path: Path, file: str, damage: Callable[[Path], None]
+) -> None:
+    run_on_gloo(1, write_run, tmp_path / "run", MODEL)
+    checkpoint = tmp_path / "run/checkpoints/step_00000003"
+    damage(checkpoint / file)
+    said = f"{checkpoint} is damaged: {file} has "
+    with pytest.raises(DamagedCheckpointError, match=said):
+        export.export(checkpoint, tmp_path / "out", check=False)
+    assert not (tmp_path / "out").exists()
+    words = [str(checkpoint), "Die", "--max-new-tokens", "1", "--tensor-model-parallel-size", "2"]
+    error, silence = run_on_gloo(2, generate_error, words)
+    assert said in error and "put the file back from a copy, or name another" in error
+    assert silence == ""
+
+
+def test_text_without_a_manifest_comes_with_a_warning(tmp_path: Path) -> None:
+    run_on_gloo(1, write_run, tmp_path / "run", replace(MODEL, vocab_size=8192))
+    (tmp_path / "run/checkpoints/step_00000003/manifest.json").unlink()
+    words = [str(tmp_path / "run"), "Die", "--max-new-tokens", "1"]
+    for said in run_on_gloo(1, generated_with_warnings, words):
+        assert said.count("warning: ") == 1 and "has no manifest.json: nothing tells" in said
+
+
+def generated_with_warnings(words: list[str]) -> str:
+    said = io.StringIO()
+    with redirect_stderr(said):
+        generated(words)
+    return said.getvalue()
 
 
 def generated(words: list[str]) -> str:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import pickle
 import re
 import subprocess
 import sys
@@ -31,7 +32,12 @@ from parallel.runtime import initialize, shutdown
 from pretrain.checkpoint_list import find_checkpoint
 from pretrain.config import PretrainConfig
 from pretrain.generate import load_run_config
-from pretrain.import_weights import WeightsError, _check_megatron_args, import_weights
+from pretrain.import_weights import (
+    WeightsError,
+    _check_megatron_args,
+    import_weights,
+    open_torchscale,
+)
 from tests.distributed import run_on_gloo
 from tests.stored_runs import live_logits, main_with, write_run
 from tests.torchscale_reference import decoder, integer_histograms
@@ -214,15 +220,29 @@ class Trap:
 def test_files_are_read_without_running_them(tmp_path: Path) -> None:
     path, trap = tmp_path / "state.pt", tmp_path / "trap"
     torch.save({"model": Trap(trap)}, path)
-    with pytest.raises(ValueError, match="cannot be read as weights alone"):
+    with pytest.raises(ValueError, match="as weights alone: it names getattr, which") as refused:
         import_weights(Origin.torchscale, path, settings(MODEL), tmp_path / "out")
-    assert not trap.exists()
+    assert "weights_only" not in str(refused.value) and not trap.exists()
     torch.save([torch.ones(1)], path)
     with pytest.raises(WeightsError, match="holds no state dict"):
         import_weights(Origin.torchscale, path, settings(MODEL), tmp_path / "out")
     for origin in Origin:
         with pytest.raises(FileNotFoundError, match="no such f"):
             import_weights(origin, tmp_path / "nothing", settings(MODEL), tmp_path / "out")
+
+
+def test_files_of_other_formats_are_named_with_a_way_out(tmp_path: Path) -> None:
+    old, new, trap = tmp_path / "old.pt", tmp_path / "new.pt", tmp_path / "trap"
+    old.write_bytes(pickle.dumps(Trap(trap)))
+    with pytest.raises(ValueError, match=r"not in the format that torch\.save has since"):
+        open_torchscale(old)
+    torch.save({"model": {"a": torch.ones(2)}}, old, _use_new_zipfile_serialization=False)
+    with pytest.raises(ValueError, match="not in the format") as refused:
+        open_torchscale(old)
+    way_out = f"torch.save(torch.load('{old}', weights_only=True), 'NEW.pt')"
+    assert way_out in str(refused.value) and not trap.exists()
+    torch.save(torch.load(old, weights_only=True), new)
+    assert open_torchscale(new).shapes == {"a": (2,)}
 
 
 # ---------------------------------------------------------------- Megatron-LM

@@ -57,6 +57,7 @@ def test_no_model(tmp_path: Path) -> None:
         ("parallel.tensor_parallel_size=2", "did you mean parallel.tensor_model_parallel_size"),
         ("model=magneto_1b", "write +model=magneto_1b"),
         ("train.train_steps=abc", "must be a whole number"),
+        ("parallel=2", "names no file of conf/parallel"),
         ("parallel.context_parallel_size=0", "parallel.context_parallel_size=0 must be 1 or more"),
     ],
 )

@@ -7,7 +7,13 @@ from omegaconf import OmegaConf
 
 from data.config import Weighting
 from launch.composition import compose_what_fits
-from launch.schema import explain, load, shipped_models, validated
+from launch.schema import (
+    explain,
+    load,
+    nameless_choices,
+    shipped_models,
+    validated,
+)
 from models.config import LayerNormPlacement
 from parallel.config import ConfigError, Precision
 
@@ -61,7 +67,18 @@ CONFUSED = {
     ("seq_length=128",): "did you mean data.seq_length?",
     ("parralel.sequence_paralel=true",): "did you mean parallel.sequence_parallel?",
     ("modle=magneto_1b",): "did you mean +model",
-    (TINY, "+foo.bar=1"): "+foo.bar=1: there is no setting foo.bar; --cfg job prints all",
+    ("+experiment=demo", "+experiment=tiny_cpu"): "an experiment is chosen already; replace",
+    (TINY, "+experiment=demo"): "replace it with model=magneto_tiny",
+    (TINY, "sweep=laptop"): "python -m launch.sweep design takes files of conf/sweep",
+    (TINY, "+sweep=laptop"): "python -m launch.sweep design takes files of conf/sweep",
+    (TINY, "train.train_steps==5"): "one = is enough; write train.train_steps=5",
+    (TINY, "data.mixture={weighting: uniform, foo: 1}"): "there is no setting data.mixture.foo; ma",
+    (
+        TINY,
+        "data.mixture.stages=[{from_tokenz: 3}]",
+    ): "in an entry of this list; did you mean from_tokens?",
+    (TINY, "+foo.bar=1"): "+foo.bar=1: there is no setting foo.bar; magnetron-pretrain "
+    "--cfg job prints all",
     ("hydra.foo=1",): "hydra.foo=1: there is no setting hydra.foo",
     # values that do not fit
     ("train.train_steps=abc",): "train.train_steps=abc must be a whole number",
@@ -221,3 +238,9 @@ def test_sizes_of_nothing_are_told_once_and_break_nothing() -> None:
         "parallel.tensor_model_parallel_size=0 must be 1 or more",
         "train.micro_batch_size=0 must be 1 or more",
     )
+
+
+@pytest.mark.parametrize("word", ["parallel=2", "+model=true", "optimizer=[1]", "parallel=2,4"])
+def test_a_group_given_what_is_no_name(word: str) -> None:
+    (problem,) = nameless_choices([word, "parallel=tp2", "parallel={a:1}"]).values()
+    assert problem.startswith(f"{word} names no file of conf/")

@@ -8,16 +8,25 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from data.config import DataConfig
+from launch.check import check
+from launch.check_presence import absent
 from launch.config import ClusterConfig
+from launch.findings import ERROR, NOTE
 from launch.schema import load
 from launch.site_settings import SITES, load_cluster
 from launch.slurm import main
-from launch.slurm_script import BODY
+from launch.slurm_commands import SlurmError, ask_slurm
+from launch.slurm_partitions import PartitionCheck, check_partition
+from launch.slurm_script import BODY, Job
+from models.config import ModelConfig
 from parallel.config import ConfigError
+from pretrain.config import PretrainConfig
 from pretrain.config_rules import validate
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -394,6 +403,13 @@ def test_without_sbatch_the_script_is_there(
     subprocess.run(["/bin/bash", "-n", script], check=True)
 
 
+def test_a_folder_that_cannot_be_written(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*TINY, "nodes=1", "run_dir=/proc/here", "--submit"]) == 1
+    told = capsys.readouterr().err
+    assert "error: run_dir=/proc/here: the script cannot be written there (No such file" in told
+    assert "on the default partition: 1 node, 1 process\n" in told
+
+
 def test_a_run_that_has_begun_says_how_long_it_takes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -402,6 +418,114 @@ def test_a_run_that_has_begun_says_how_long_it_takes(
     (tmp_path / "begun" / "metrics.jsonl").write_text(json.dumps(record) + "\n")
     assert main([*TINY, "run_dir=begun"]) == 0
     assert "to go     1:00:00 at the speed so far" in capsys.readouterr().err
+
+
+def sinfo(script: str) -> None:
+    """What stands in for SLURM's own, in the folder that PATH names."""
+    path = Path("bin", "sinfo")
+    path.write_text(f"#!{Path('bin', 'bash').resolve()}\n{script}\n")
+    path.chmod(0o755)
+
+
+def job_in(partition: str | None, nodes: int = 2) -> Job:
+    cluster = ClusterConfig(partition=partition)
+    model = ModelConfig(
+        name="tiny", num_layers=1, hidden_size=8, ffn_hidden_size=8, num_attention_heads=1
+    )
+    config = PretrainConfig(model=model)
+    return Job(
+        config=config, cluster=cluster, nodes=nodes, words=[], folder=Path.cwd(), python="python"
+    )
+
+
+@pytest.mark.parametrize(
+    ("script", "why"),
+    [
+        (None, "sinfo is not on this machine"),
+        ("echo no way >&2; exit 1", "sinfo --noheader --format=%R|%D|%l: no way"),
+        ("true", "sinfo printed nothing; are there partitions that you may see?"),
+        ("exit 3", "sinfo --noheader --format=%R|%D|%l: ended with 3, without a word"),
+        (
+            "echo 'Welcome to n1'",
+            "sinfo printed a line that is not NAME|NODES|LIMIT: 'Welcome to n1'",
+        ),
+        (
+            "echo 'gpu|4'; echo 'cpu|8|1:00:00'",
+            "sinfo printed a line that is not NAME|NODES|LIMIT: 'gpu|4'",
+        ),
+    ],
+)
+def test_why_a_partition_was_not_checked(script: str | None, why: str) -> None:
+    if script is not None:
+        sinfo(script)
+    asked = check_partition(job_in("gpu"))
+    assert asked.problems == [] and asked.notes == [f"partition gpu not checked: {why}"]
+
+
+def test_a_partition_that_was_not_checked_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    note = "partition gpu not checked: sinfo is not on this machine"
+    assert main([*TINY, "cluster.partition=gpu"]) == 0
+    assert f"note      {note}" in capsys.readouterr().err.splitlines()
+    found = check([*TINY, "cluster.partition=gpu"]).of(NOTE)
+    assert [one.text for one in found if one.topic == "slurm"] == [note]
+
+
+def test_what_sinfo_tells_is_held_against_the_job() -> None:
+    lines = ["motd", "gpu|1|2-00:00:00", "gpu|1|2-00:00:00", "cpu|8|infinite", "dev|2|15:00"]
+    sinfo(f"printf '%s\\n' {shlex.join(lines)}")
+    for job in (job_in("gpu"), job_in("cpu", nodes=8), job_in(None)):
+        assert check_partition(job) == PartitionCheck()  # also beside a line of something else
+    (problem,) = check_partition(job_in("gpu", nodes=3)).problems
+    assert problem == "nodes=3: cluster.partition=gpu has 2; use at most so"
+    (problem,) = check_partition(job_in("dev")).problems
+    assert "allows; use 00:15:00 or less" in problem
+
+
+def test_a_sinfo_that_cannot_be_run_and_one_that_does_not_answer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    Path("bin", "sinfo").write_bytes(b"\x7fELF")
+    Path("bin", "sinfo").chmod(0o755)
+    with pytest.raises(SlurmError, match="sinfo: Exec format error"):
+        ask_slurm("sinfo")
+    sinfo("while :; do :; done")
+    monkeypatch.setattr("launch.slurm_commands.PATIENCE", 0.1)
+    with pytest.raises(SlurmError, match="sinfo does not answer; is SLURM's controller down"):
+        ask_slurm("sinfo")
+
+
+def test_files_that_are_not_there_are_warned_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And no more: the nodes may see other file systems."""
+    (tmp_path / "bin" / "empty").mkdir()
+    cases = {
+        ("corpus", "nowhere"): "no such file or folder",
+        ("corpus", "bin/empty"): "the folder holds no file named",
+        ("corpus", "bin/bash"): "expected a folder, or a file named",
+        ("corpus", "a" * 300): "File name too long",
+        ("corpus", "~nobody-of-this-name/text"): "Could not determine home directory",
+        ("store_dir", "nowhere"): "no folder with a train/ folder",
+        ("tokenizer", "nowhere.json"): "no such file",
+        ("tokenizer", "bin"): "a folder; name the file in it",
+        ("families", "brunch"): "there is no such grouping; did you mean branch?",
+        ("families", "mine.yaml"): "no such file",
+    }
+    for (setting, value), words in cases.items():
+        (text,) = absent(replace(DataConfig(), **{setting: value}))  # type: ignore[arg-type]
+        assert text.startswith(f"data.{setting}={value}: ") and words in text
+    (tmp_path / "bin" / "train").mkdir()
+    assert absent(DataConfig(store_dir="bin")) == absent(DataConfig()) == []
+
+    missing = ["data.corpus=nowhere", "data.tokenizer=nowhere.json"]
+    assert main([*TINY, *missing]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    said = [line for line in lines if line.startswith("warning: data")]
+    known = {found.text for found in check([*TINY, *missing]).of(ERROR)}
+    for word, line in zip(missing, said, strict=True):
+        assert line.startswith(f"warning: {word}: no such file")
+        assert line.endswith(" (as this machine sees it)")
+        assert line.removeprefix("warning: ").removesuffix(" (as this machine sees it)") in known
 
 
 def test_as_a_command() -> None:

@@ -8,12 +8,19 @@ from typing import Any
 import pytest
 
 import launch.status
-from launch.status import SILENT_SECONDS, TAIL_BYTES, last_training_record, main
+from launch.status import (
+    SILENT_SECONDS,
+    TAIL_BYTES,
+    ask_slurm,
+    job_numbers,
+    last_training_record,
+    main,
+)
 from pretrain import run_lock
 from pretrain.events import Events
+from pretrain.metrics_file import MetricsFile
 from pretrain.run_lock import RunLock
 from pretrain.run_status import RunStatus
-from pretrain.tracker import MetricsFile
 from tests.disks import fill, small_disk
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -129,8 +136,23 @@ def test_damaged_files_hide_nothing_else(
     with open(folder / "metrics.jsonl", "a") as file:
         file.write('{"step": 41, "train/lo')
     (folder / "status.json").write_text("{")
+    (folder / "slurm").mkdir()
+    (folder / "slurm" / "submitted.jsonl").write_text('{"time": 1, "job_id": "7"}\n{"time": 2, "jo')
     (report,) = status_of(folder, capsys)
     assert (report["state"], report["step"], report["loss"]) == ("no status", 40, 4.6)
+    assert job_numbers(folder) == ["7"]
+
+
+def test_lines_of_squeue_that_are_not_of_a_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    squeue = tmp_path / "squeue"
+    squeue.write_text("#!/bin/sh\necho 'Welcome to n1'\necho '7|RUNNING|n1|None|10:00'\n")
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert ask_slurm(["7"])["7"]["state"] == "RUNNING"
+    squeue.write_bytes(b"\x7fELF")
+    assert ask_slurm(["7"]) == {}
 
 
 def test_only_the_end_of_long_metrics_is_read(tmp_path: Path) -> None:

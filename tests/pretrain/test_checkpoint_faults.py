@@ -22,7 +22,15 @@ from parallel.progress_beacon import beacon
 from parallel.runtime import shutdown
 from pretrain import checkpoint
 from pretrain.checkpoint import Checkpoints, check_identity, check_plain_values
-from pretrain.config import CheckpointConfig, PretrainConfig, Resume, TrainConfig
+from pretrain.config import (
+    AnomalyConfig,
+    CheckpointConfig,
+    OnNonfinite,
+    OnSpike,
+    PretrainConfig,
+    Resume,
+    TrainConfig,
+)
 from pretrain.config_rules import validate
 from pretrain.train_state import TrainState
 from tests.disks import read_only, small_disk, writable
@@ -195,7 +203,7 @@ def test_a_hostile_checkpoint_is_refused_and_not_run(
     checkpoint_manifest.write_manifest(newest)
     before = sorted(os.listdir(folder))
     for said, _ in run_on_gloo(2, resume, folder, CheckpointConfig()):
-        refusal = "Weights only load failed" if file == "tensor" else "names posix.system, which no"
+        refusal = "names posix.system, which " + ("weights do" if file == "tensor" else "no ")
         assert isinstance(said, str) and refusal in said and str(newest) in said
     assert sorted(os.listdir(folder)) == before and not trap.exists()
 
@@ -235,6 +243,9 @@ NOW: dict[str, Any] = {
 }
 
 
+BEFORE_3 = {name: v for name, v in NOW["train_state"].items() if name != "unreported"}
+
+
 @pytest.mark.parametrize(
     ("stored", "expected"),
     [
@@ -248,6 +259,8 @@ NOW: dict[str, Any] = {
         ),
         ({**NOW, "identity": {"model": {}, "data": {}}}, "missing: identity.train"),
         ({**NOW, "identity": {**NOW["identity"], "moon": 1}}, "by nobody: identity.moon"),
+        ({**NOW, "format": 2, "train_state": BEFORE_3}, None),
+        ({**NOW, "train_state": BEFORE_3}, "missing: train_state.unreported"),
         ({**NOW, "format": checkpoint.FORMAT + 1}, "knows formats up to"),
     ],
 )
@@ -292,6 +305,18 @@ def test_the_best_are_evaluated_where_they_are_saved(
         validate(config, world_size=1)
     assert "checkpoint.keep_best=1 compares what is evaluated" in str(caught.value)
     assert problem in str(caught.value)
+
+
+def test_a_rollback_needs_saves_to_go_back_to() -> None:
+    both = AnomalyConfig(on_nonfinite=OnNonfinite.rollback, on_spike=OnSpike.rollback)
+    config = PretrainConfig(model=MODEL, anomaly=both, checkpoint=CheckpointConfig(save_interval=0))
+    with pytest.raises(ConfigError) as caught:
+        validate(config, world_size=1)
+    for name in ("on_nonfinite", "on_spike"):
+        assert f"anomaly.{name}=rollback goes back to the multiples of" in str(caught.value)
+        assert f"or use anomaly.{name}=skip" in str(caught.value)
+    config.checkpoint.save_interval = 1
+    validate(config, world_size=1)
 
 
 def test_another_seed_is_refused() -> None:
@@ -428,7 +453,7 @@ def save_behind_the_training(folder: Path) -> tuple[list[bool], bool, list[str]]
         checkpoints.save(machine, TrainState(step=step))
         assert checkpoints.saving
         change(machine, 1.0)
-    assert checkpoints.go_back(machine).step == 3  # waits for the one in flight
+    assert checkpoints.resume(machine).step == 3  # waits for the one in flight
     equal.append(torch.equal(parameters(machine), expected[3]))
     checkpoints.check(3)
     checkpoints.save(machine, TrainState(step=3))  # is there already: nothing happens
@@ -467,7 +492,7 @@ def trouble_noting(folder: Path) -> Notices:
     notices: Notices = []
     checkpoints = opened(folder, CheckpointConfig(keep_best=1, async_save=False), notices)
     checkpoints.save(machine, TrainState(step=1))
-    (folder / "evaluations.json.tmp").mkdir()
+    (folder / "evaluations.json").mkdir()
     checkpoints.record_evaluation(1, 2.0)
     shutdown(runtime)
     return notices
@@ -477,6 +502,23 @@ def test_an_evaluation_that_cannot_be_noted_is_told(tmp_path: Path) -> None:
     notices = run_on_gloo(1, trouble_noting, tmp_path)[0]
     assert [kind for kind, _, _ in notices] == ["saved", "retention_failed"]
     assert "could not note eval/loss" in notices[1][2]
+
+
+def save_beside_cut_evaluations(folder: Path) -> Notices:
+    runtime, machine = engine(seed=7)
+    notices: Notices = []
+    checkpoints = opened(folder, CheckpointConfig(keep_best=1, async_save=False), notices)
+    for step in (1, 2):
+        checkpoints.save(machine, TrainState(step=step))
+    shutdown(runtime)
+    return notices
+
+
+def test_evaluations_that_are_lost_are_told_of_once(tmp_path: Path) -> None:
+    (tmp_path / "evaluations.json").write_text('{"1": 2.0')
+    notices = run_on_gloo(1, save_beside_cut_evaluations, tmp_path)[0]
+    assert [kind for kind, _, _ in notices] == ["retention_failed", "saved", "saved"]
+    assert "evaluations.json cannot be read (JSONDecodeError: " in notices[0][2]
 
 
 def save_last_behind_another(folder: Path) -> tuple[bool, bool]:
@@ -489,7 +531,7 @@ def save_last_behind_another(folder: Path) -> tuple[bool, bool]:
     checkpoints.save_last(machine, TrainState(step=2))
     reused = bool((checkpoints._memory._arena != 255).any())
     beacon._moved = time.monotonic() - 1000
-    checkpoints.go_back(machine)
+    checkpoints.resume(machine)
     quiet = beacon.position().quiet
     shutdown(runtime)
     return reused, quiet < 100

@@ -35,6 +35,19 @@ def test_rules_add_up(settings: dict[str, Any], expected: set[int]) -> None:
     assert kept([60, 10, 20, 30, 40, 50], LOSSES, CheckpointConfig(**settings)) == expected
 
 
+@pytest.mark.parametrize(
+    ("keep_last", "save_interval", "expected"),
+    [(1, 5, {10, 13}), (2, 5, {10, 11, 13}), (1, 0, {13}), (1, 4, {13}), (3, 5, {10, 11, 13})],
+)
+def test_what_a_rollback_needs_is_kept(
+    keep_last: int, save_interval: int, expected: set[int]
+) -> None:
+    """However often a run is stopped between its regular saves."""
+    config = CheckpointConfig(keep_last=keep_last, save_interval=save_interval)
+    assert kept([5, 10, 11, 13], {}, config, rolls_back=True) == expected
+    assert kept([5, 10, 11, 13], {}, config) == {13, *[11, 10][: keep_last - 1]}
+
+
 def made(folder: Path, step: int) -> Path:
     path = folder / f"step_{step:08d}"
     path.mkdir(parents=True)
@@ -75,13 +88,78 @@ def test_evaluations_outlive_the_process(tmp_path: Path) -> None:
     assert Retention(tmp_path, config).apply() == ["step_00000010"]
 
 
-@pytest.mark.parametrize("content", ["", "[1]", '{"a": 1}', '{"1": null}'])
-def test_evaluations_that_cannot_be_read_are_forgotten(tmp_path: Path, content: str) -> None:
+DAMAGED = ["", "[1]", '{"a": 1}', '{"1": null}', '{"5": 2.0, "10']
+
+
+@pytest.mark.parametrize("content", DAMAGED)
+def test_evaluations_that_cannot_be_read_are_told_and_written_anew(
+    tmp_path: Path, content: str
+) -> None:
     (tmp_path / "evaluations.json").write_text(content)
     retention = Retention(tmp_path, CheckpointConfig())
     assert retention.losses == {}
+    assert "evaluations.json cannot be read (" in retention.news() and retention.news() == ""
     retention.record(1, 0.5)
     assert Retention(tmp_path, CheckpointConfig()).losses == {1: 0.5}
+
+
+def run_of_four(run_dir: Path, metrics: bool) -> Path:
+    """Its checkpoints' folder; step 5 is the best, and step 12, after a signal, was not evaluated.
+
+    metrics: whether the run's metrics have the losses.
+    """
+    folder = run_dir / "checkpoints"
+    for step in (5, 10, 12, 15):
+        made(folder, step)
+    lines = ['{"step": 5, "eval/loss": 2.0, "train/loss": 9.0}', '{"step": 12, "train/loss": 0.1}']
+    lines += ['{"step": 10, "eval/loss": "none"}', '{"step": 10, "eval/loss": 3.0}']
+    if metrics:
+        (run_dir / "metrics.jsonl").write_bytes("\n".join(lines).encode() + b"\n\xff\xfe")
+    return folder
+
+
+@pytest.mark.parametrize("content", [*DAMAGED, '{"10": 3.0}', None])
+def test_the_best_outlives_what_evaluations_said(tmp_path: Path, content: str | None) -> None:
+    folder = run_of_four(tmp_path, metrics=True)
+    if content is not None:
+        (folder / "evaluations.json").write_text(content)
+    config = CheckpointConfig(save_interval=5, keep_last=1, keep_best=1)
+    retention = Retention(folder, config)
+    assert retention.apply() == ["step_00000010", "step_00000012"]
+    retention.record(15, 4.0)
+    (tmp_path / "metrics.jsonl").unlink()
+    assert Retention(folder, config).losses[5] == 2.0  # written with the others
+    assert Retention(folder, config).apply() == []
+
+
+@pytest.mark.parametrize("content", [*DAMAGED, '{"10": 3.0}', None])
+def test_what_may_be_the_best_is_not_removed(tmp_path: Path, content: str | None) -> None:
+    """Nothing has the losses any more: what was evaluated stays, and a person is told once."""
+    folder = run_of_four(tmp_path, metrics=False)
+    if content is not None:
+        (folder / "evaluations.json").write_text(content)
+    retention = Retention(folder, CheckpointConfig(save_interval=5, keep_last=1, keep_best=1))
+    assert retention.apply() == ["step_00000012"]
+    assert "eval/loss of step 5 is neither in evaluations.json nor in metrics" in retention.news()
+    assert retention.apply() == [] and retention.news() == ""
+    assert (folder / "step_00000005").is_dir() and (folder / "step_00000010").is_dir()
+
+
+def test_evaluations_outlive_a_power_cut(tmp_path: Path) -> None:
+    """The new file is on the disk before it takes the old one's name, and the name after."""
+    seen: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("fsync", "replace"):
+            real = getattr(os, name)
+
+            def noted(*given: Any, name: str = name, real: Any = real) -> None:
+                seen.append(name)
+                real(*given)
+
+            patch.setattr(os, name, noted)
+        Retention(tmp_path, CheckpointConfig()).record(1, 0.5)
+    assert seen == ["fsync", "replace", "fsync"]
+    assert names(tmp_path) == ["evaluations.json"]
 
 
 def test_no_folder_is_made_for_an_evaluation(tmp_path: Path) -> None:

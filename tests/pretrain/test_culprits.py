@@ -19,7 +19,7 @@ from parallel.config import OptimizerConfig, ParallelConfig
 from parallel.engine import MegatronEngine
 from parallel.runtime import initialize, shutdown
 from pretrain import culprits
-from pretrain.anomaly import Verdict
+from pretrain.anomaly import Action, Verdict
 from pretrain.anomaly_report import (
     AnomalyReport,
     DocumentRow,
@@ -31,10 +31,11 @@ from pretrain.anomaly_watch import AnomalyWatch
 from pretrain.config import AnomalyConfig, PretrainConfig
 from pretrain.culprits import Culprits, label_spans
 from pretrain.events import Events, read_events
+from pretrain.loss import LanguageLosses
 from pretrain.progress import Progress
 from pretrain.router_report import open_router_report
 from pretrain.train_state import TrainState
-from pretrain.train_step import train_step
+from pretrain.train_step import StepMetrics, train_step
 from tests.distributed import run_on_gloo
 from tests.pretrain import poisoned
 from tests.pretrain.poisoned import Poison
@@ -319,6 +320,30 @@ def test_texts_that_no_file_takes_are_written_all_the_same(tmp_path: Path) -> No
     assert "most suspicious is a? (de)" in event["text"]
     readable = (tmp_path / event["report"]).read_text()
     assert "`a?`" in readable and "s?/de" in readable and "b?" in readable and "c?" in readable
+
+
+def test_an_update_ends_what_was_found_out_about_no_document(tmp_path: Path) -> None:
+    watch, found = watch_of(tmp_path), [Findings(no_culprit="weights"), Findings(), Findings()]
+    watch.culprits = Found(found)  # type: ignore[assignment]
+    watch.writes = False
+    skipped, updated = Verdict(Action.skip, "nonfinite"), Verdict()
+    for step, verdict in enumerate((skipped, skipped, updated, skipped), 1):
+        losses = LanguageLosses(["de"])
+        metrics = StepMetrics(losses, 1.0, verdict is updated, False, verdict)
+        watch.after_step(TrainState(step=step), 4, metrics, 0.1)
+    assert [f.no_culprit for f in found] == ["weights", "as at step 1: weights", ""]
+
+
+class Found:
+    """Culprits that find what they are told."""
+
+    def __init__(self, findings: list[Findings]) -> None:
+        self.findings = iter(findings)
+
+    def keep(self, *given: Any) -> None: ...
+
+    def find(self, verdict: Verdict, *, rerun: bool) -> Findings:
+        return next(self.findings)
 
 
 def test_a_report_that_is_no_json_ends_nothing(tmp_path: Path) -> None:

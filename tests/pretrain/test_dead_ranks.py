@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from pretrain.events import read_events
+from pretrain.metrics_file import read_metrics
 from pretrain.run_status import read_status
-from pretrain.tracker import read_metrics
 from tests.pretrain.forked_run import ForkedRun, launcher
 
 SETTINGS = [

@@ -24,8 +24,8 @@ from launch.schema import load
 from parallel.checkpoint_reader import CheckpointReader
 from pretrain.config import PretrainConfig
 from pretrain.events import read_events
+from pretrain.metrics_file import read_metrics
 from pretrain.run_status import read_status
-from pretrain.tracker import read_metrics
 from tests.distributed import run_on_gloo
 from tests.pretrain.forked_run import ForkedRun
 
@@ -40,6 +40,7 @@ SMALL = [
     "train.micro_batch_size=1",
     "train.global_batch_size=4",
     "train.eval_sequences=2",
+    "train.mixture_interval=3",
     "schedule.lr_decay_style=constant",
 ]
 # dropout, and routers that draw the second expert: random numbers that a resume has to repeat
@@ -55,8 +56,7 @@ SPARSE = [
 
 
 def curves(run_dir: Path) -> dict[tuple[int, str], float]:
-    """(step, name) -> number, of what depends neither on the clock nor on steps long past (losses
-    by family over an interval, of which a resumed run knows a part). No step may be there twice."""
+    """(step, name) -> number, of what does not depend on the clock. No step may be there twice."""
     records = read_metrics(run_dir / "metrics.jsonl")
     training = [record["step"] for record in records if "train/loss" in record]
     evaluations = [record["step"] for record in records if "eval/loss" in record]
@@ -66,8 +66,8 @@ def curves(run_dir: Path) -> dict[tuple[int, str], float]:
         (record["step"], name): value
         for record in records
         for name, value in record.items()
-        if name.startswith(("train/", "eval/"))
-        and not name.startswith(("train/family/", "train/language/", "eval/seconds"))
+        if name.startswith(("train/", "eval/", "data/family/", "data/language/"))
+        and name != "eval/seconds"
     }
 
 
@@ -206,7 +206,7 @@ class Death:
         from models.language_model import LanguageModel
         from parallel.engine import MegatronEngine
         from pretrain.checkpoint import Checkpoints
-        from pretrain.tracker import StepLines
+        from pretrain.metrics_file import StepLines
 
         owner, name = {
             "forward": (LanguageModel, "forward"),

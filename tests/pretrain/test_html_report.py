@@ -85,6 +85,13 @@ def test_a_folder_without_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert capsys.readouterr().err.startswith("error: ")
 
 
+def test_a_page_may_be_named_by_its_folder(run_dir: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "pages"
+    folder.mkdir()
+    assert main([str(run_dir), "--out", str(folder)]) == 0
+    assert [path.name for path in folder.iterdir()] == ["report.html"]
+
+
 def test_a_run_that_has_just_begun(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("")
     assert main([str(tmp_path)]) == 0

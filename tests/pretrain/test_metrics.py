@@ -27,10 +27,11 @@ from pretrain import metrics
 from pretrain.config import TrainConfig
 from pretrain.loss import LanguageLosses
 from pretrain.metrics import METRICS, Section, charts, find
+from pretrain.metrics_file import read_metrics
 from pretrain.mixture_report import MixtureReport
 from pretrain.run import run
 from pretrain.throughput import ThroughputMeter, pipeline_bubble
-from pretrain.tracker import read_metrics
+from pretrain.train_state import TrainState, Unreported
 from tests.distributed import run_on_gloo
 from tests.pretrain.laws import a_law
 
@@ -229,7 +230,7 @@ def losses(mixture: LanguageMixture, **rows: tuple[float, int]) -> LanguageLosse
 
 
 def test_mixture_report(mixture: LanguageMixture) -> None:
-    report = MixtureReport(mixture, consumed_sequences=0)
+    report = MixtureReport(mixture, TrainState())
     report.add(losses(mixture, de=(12.0, 4), hi=(10.0, 4)))
     report.add(losses(mixture, de=(4.0, 4), en=(9.0, 3), hi=(5.0, 1)))
     found = report.metrics(30)
@@ -252,12 +253,34 @@ def test_mixture_report(mixture: LanguageMixture) -> None:
     again = report.metrics(32)
     assert again["train/family/germanic/loss"] == 3.0 and "train/family/indic/loss" not in again
     assert again["data/family/germanic/ratio"] == 1.0 and again["data/family/indic/ratio"] == 0.0
-    resumed = MixtureReport(mixture, consumed_sequences=30)
+    resumed = MixtureReport(mixture, TrainState(consumed_sequences=30))
     resumed.add(losses(mixture, en=(3.0, 1)))
     assert resumed.metrics(32) == again
     assert "data/family/indic/asked_ratio" not in report.metrics(32)  # nothing asked since
 
 
+def test_what_is_not_reported_yet_outlives_the_run(mixture: LanguageMixture) -> None:
+    """Through a checkpoint in the middle of an interval, in numbers that have no short form."""
+    steps = [losses(mixture, de=(1 / 3, 4)), losses(mixture, de=(0.1, 1), hi=(math.pi, 3))]
+    whole = MixtureReport(mixture, TrainState())
+    for step in steps:
+        whole.add(step)
+    state = TrainState(step=1, consumed_sequences=9)
+    report = MixtureReport(mixture, TrainState())
+    report.add(steps[0])
+    state.unreported = report.unreported()
+    resumed = MixtureReport(mixture, TrainState(**state.to_dict()))
+    resumed.add(steps[1])
+    expected = whole.metrics(18)
+    assert "train/language/de/loss" in expected and resumed.metrics(18) == expected
+    assert resumed.unreported() == Unreported(18, [])
+    back = TrainState(step=2, consumed_sequences=18, unreported=resumed.unreported())
+    back.go_back(state, [9, 18])  # a rollback: what led to the checkpoint is in it
+    report.go_on(back)
+    report.add(steps[1])
+    assert report.metrics(18) == expected
+
+
 def test_losses_of_no_token_are_left_out(mixture: LanguageMixture) -> None:
-    found = MixtureReport(mixture, 0).metrics(0)
+    found = MixtureReport(mixture, TrainState()).metrics(0)
     assert not [name for name in found if name.startswith("train/") or name.endswith("ratio")]

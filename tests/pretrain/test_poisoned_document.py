@@ -16,7 +16,7 @@ from parallel.config import ParallelConfig
 from pretrain.anomaly_watch import AnomalyWatch
 from pretrain.config import AnomalyConfig, OnNonfinite, OnSpike, PretrainConfig
 from pretrain.events import read_events
-from pretrain.tracker import read_metrics
+from pretrain.metrics_file import read_metrics
 from tests.distributed import run_on_gloo
 from tests.pretrain import poisoned
 from tests.pretrain.poisoned import BATCH, Diary, Poison, replayed, report_of
@@ -225,8 +225,11 @@ def test_a_rollback_outlives_the_run(early: tuple[Path, Poison], tmp_path: Path)
 def test_without_a_checkpoint_a_rollback_is_a_skip(
     early: tuple[Path, Poison], tmp_path: Path
 ) -> None:
-    anomaly = replace(ANOMALY, on_nonfinite=OnNonfinite.rollback)
-    diary = run(2, early, tmp_path, EARLY + 1, "embedding", anomaly=anomaly)
+    settings: dict[str, Any] = {
+        "anomaly": replace(ANOMALY, on_nonfinite=OnNonfinite.rollback),
+        "save_interval": EARLY + 1,
+    }
+    diary = run(2, early, tmp_path, EARLY + 1, "embedding", **settings)
     assert diary.actions == ["apply"] * (EARLY - 1) + ["skip", "apply"]
     assert "there is no checkpoint to go back to yet" in report_of(tmp_path, EARLY)["why"]
 
@@ -288,3 +291,20 @@ def test_what_is_not_the_datas_fault_is_told_so(early: tuple[Path, Poison], tmp_
     events = read_events(tmp_path / "weights")
     (event,) = [event for event in events if event["kind"] == "nonfinite"]
     assert event["decision"] == "stop" and found["no_culprit"] in event["text"]
+
+
+def test_broken_weights_are_blamed_on_no_document_again(
+    early: tuple[Path, Poison], tmp_path: Path
+) -> None:
+    """No update is made, so what was found out at the first step holds for those after it."""
+    diary = run(2, early, tmp_path / "rerun", 3, "weights")
+    assert diary.actions == ["skip"] * 3
+    first, *later = [e["text"] for e in read_events(tmp_path / "rerun") if e["kind"] == "nonfinite"]
+    assert "update skipped; a sequence of nothing but end-of-document tokens" in first
+    assert len(later) == 2
+    assert all("skipped; as at step 1: a sequence of nothing but end-of" in e for e in later)
+    looks_only = replace(ANOMALY, rerun_sequences=0)
+    run(2, early, tmp_path / "not", 2, "weights", anomaly=looks_only)
+    reports = [report_of(tmp_path / "not", step)["findings"]["no_culprit"] for step in (1, 2)]
+    assert reports[0].startswith("no sequence of the step has a finite loss: ")
+    assert reports[1] == f"as at step 1: {reports[0]}"

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,8 +23,8 @@ from pathlib import Path
 import pytest
 
 from pretrain.events import read_events
+from pretrain.metrics_file import read_metrics
 from pretrain.run_status import read_status
-from pretrain.tracker import read_metrics
 from tests.disks import fill, small_disk
 from tests.pretrain.forked_run import ForkedRun, launcher
 
@@ -360,6 +361,22 @@ def test_a_start_that_is_refused_leaves_no_folder(start: Start, tmp_path: Path) 
     assert "Traceback" not in run.output()
     said = f"run_dir={tmp_path}/file: {tmp_path}/file is a file; name a folder"
     assert run.log(0).read_text().strip() == f"error on rank 0: {said}"
+
+
+def test_a_start_over_a_record_without_checkpoints_keeps_it_and_says_so(
+    start: Start, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    finish(start(1, "train.train_steps=3"))
+    shutil.rmtree(run_dir / "checkpoints")
+    old = (run_dir / "metrics.jsonl").read_bytes()
+    out = finish(start(1, "train.train_steps=2", "optimizer.lr=0.5", "profile.start_step=3"))
+    assert "recorded steps up to 3 and holds no checkpoint" in out
+    assert "profile.start_step=3 profile.steps=3: nothing is traced" in out
+    assert (run_dir / "metrics.1.jsonl").read_bytes() == old
+    assert list(losses(run_dir)) == [1, 2]
+    (event,) = read_events(run_dir)
+    assert event["kind"] == "started_anew" and "metrics.1.jsonl" in event["text"]
 
 
 def test_ratios_change_on_the_way_and_the_data_may_end(start: Start, tmp_path: Path) -> None:

@@ -191,6 +191,51 @@ def test_heartbeats_and_a_lock_removed_by_hand(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_folder_removed_or_moved_is_held_anew_and_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], moved: bool
+) -> None:
+    monkeypatch.setattr(run_lock, "HEARTBEAT_SECONDS", 0.02)
+    folder, told = tmp_path / "run", threading.Event()
+    with RunLock(folder) as lock:
+        lock.on_new_folder = lambda text: told.set()
+        if moved:
+            folder.rename(tmp_path / "moved")
+        else:
+            shutil.rmtree(folder)
+        assert told.wait(timeout=10)
+        lock.check()
+        with pytest.raises(RunFolderBusyError, match="is being written by"):
+            RunLock(folder).__enter__()
+    assert capsys.readouterr().err.count("was removed or moved while this run writes it") == 1
+
+
+@pytest.mark.parametrize("by", ["its lock", "its record"])
+def test_another_run_in_the_place_of_a_moved_folder_is_not_disturbed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    monkeypatch.setattr(run_lock, "HEARTBEAT_SECONDS", 0.02)
+    folder, other = tmp_path / "run", tmp_path / "other"
+    other.mkdir()
+    if by == "its lock":
+        write_lock(other)
+    else:
+        (other / "run.json").write_text("{}")
+    before = sorted(path.name for path in other.iterdir())
+    with RunLock(folder) as lock:
+        monkeypatch.setattr(lock, "_renew", lambda: True)  # no heartbeat between the two renames
+        folder.rename(tmp_path / "moved")
+        other.rename(folder)
+        monkeypatch.undo()
+        monkeypatch.setattr(run_lock, "HEARTBEAT_SECONDS", 0.02)
+        deadline = time.monotonic() + 10
+        while not lock.lost and time.monotonic() < deadline:
+            time.sleep(0.01)
+        with pytest.raises(RunFolderBusyError, match="removed or moved"):
+            lock.check()
+    assert sorted(path.name for path in folder.iterdir()) == before
+
+
 def test_a_claim_left_by_a_killed_starter_blocks_nobody(tmp_path: Path) -> None:
     """It was killed between its claim to a dead run's lock and the rename."""
     write_lock(tmp_path, token="dead", **DEAD_HERE)

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -15,15 +16,8 @@ import pytest
 from parallel.config import ConfigError
 from pretrain.config import PretrainConfig, TensorboardConfig, WandbConfig, WandbMode
 from pretrain.config_rules import validate
-from pretrain.tracker import (
-    MetricsFile,
-    NullTracker,
-    StepLines,
-    _Trackers,
-    make_tracker,
-    read_metrics,
-    resolve_wandb_mode,
-)
+from pretrain.metrics_file import MetricsFile, StepLines, read_metrics
+from pretrain.tracker import NullTracker, _Trackers, make_tracker, resolve_wandb_mode
 from tests.disks import fill, small_disk
 from tests.parity import MODEL
 from tests.pretrain.wandb_server import HANG, wandb_server
@@ -72,6 +66,43 @@ def test_no_step_counts_twice_after_a_resume(tmp_path: Path):
     assert steps(tmp_path) == [0, 1, 2, 3, 4]
     assert read_metrics(file.path)[-1]["train/loss"] == 40
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_bytes_that_are_not_utf_8_cost_their_line_only(tmp_path: Path) -> None:
+    file = MetricsFile(tmp_path)
+    file.log(1, {"train/loss": 9.0})
+    file.close()
+    with open(file.path, "ab") as torn:
+        torn.write(b'{"step": 2, "x": "\xff\xfe\n{"step": "two"}\n')
+    assert steps(tmp_path) == [1]
+    resumed = MetricsFile(tmp_path, resumed_step=1)
+    resumed.log(2, {"train/loss": 8.0})
+    resumed.close()
+    assert steps(tmp_path) == [1, 2] and b"\xff" not in file.path.read_bytes()
+
+
+@pytest.mark.parametrize("how", ["removed", "moved", "replaced"])
+def test_a_file_that_goes_from_under_the_run_is_written_whole_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], how: str
+) -> None:
+    folder = tmp_path / "run"
+    file = MetricsFile(folder)
+    file.log(1, {"train/loss": 9.0})
+    if how == "removed":
+        shutil.rmtree(folder)
+    elif how == "moved":
+        folder.rename(tmp_path / "elsewhere")
+    else:  # as by an editor
+        shutil.copy(file.path, folder / "copy")
+        (folder / "copy").replace(file.path)
+    file.log(2, {"train/loss": 8.0})  # nobody has made the folder anew yet
+    folder.mkdir(exist_ok=True)
+    file.log(3, {"train/loss": 7.0})
+    file.close()
+    assert steps(folder) == [1, 2, 3]
+    told = capsys.readouterr().err
+    assert told.count("WARNING") == 1
+    assert ("was replaced" if how == "replaced" else "was removed or moved") in told
 
 
 def test_a_run_from_its_start_keeps_nothing_of_an_earlier_one(tmp_path: Path):
@@ -126,7 +157,8 @@ RUN = """
     import os, subprocess, sys, signal
     sys.path.insert(0, {root!r})
     from pretrain.config import WandbConfig, WandbMode
-    from pretrain.tracker import WandbTracker, make_tracker
+    from pretrain.tracker import make_tracker
+    from pretrain.wandb_tracker import WandbTracker
 
     first, last, resumed_step = {first}, {last}, {resumed_step}
     resolved = {{
@@ -421,10 +453,10 @@ def run_wandb_over_a_full_disk(disk: Path) -> subprocess.CompletedProcess[str]:
     full = textwrap.dedent("""
         if step == 5:
             import pathlib
-            import pretrain.tracker
+            import pretrain.wandb_tracker
             from tests.disks import fill
             fill(pathlib.Path(sys.argv[1]))
-            pretrain.tracker.WANDB_WRITING_SECONDS = 1.0
+            pretrain.wandb_tracker.WANDB_WRITING_SECONDS = 1.0
     """)
     return run_wandb(disk / "run", 0, 400, each_step=f"exec({full!r})", arguments=(str(disk),))
 

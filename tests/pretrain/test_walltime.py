@@ -22,7 +22,7 @@ from pretrain.walltime import WallTime, end_of_time, walltime_seconds
 )
 def test_walltime_as_batch_systems_write_it(text: str, seconds: float) -> None:
     assert walltime_seconds(text) == seconds
-    assert FaultToleranceConfig(walltime=text).walltime == text
+    assert FaultToleranceConfig(walltime=text, grace_seconds=0.5).walltime == text
 
 
 @pytest.mark.parametrize(
