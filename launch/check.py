@@ -208,6 +208,8 @@ def _config(composed: Composition, findings: Findings) -> tuple[PretrainConfig |
     config, problems = build(composed.cfg, composed.words)
     if left_out_a_model(composed):
         problems = [line for line in problems if not line.startswith("no model is chosen")]
+    without = {f"{name} has no value" for name in composed.of_files.settings}  # it did not fit
+    problems = [line for line in problems if line not in without]
     findings.errors("settings", problems)
     return config, problems
 

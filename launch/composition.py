@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
 from launch.aliases import TOKENS
+from launch.file_keys import LeftOut, accused
 from launch.mixture_file import with_mixture_files
 from launch.origins import DEFAULT, Origin, is_mixture, name_of, origins_of
 from launch.schema import (
@@ -38,14 +39,15 @@ class Composition:
     refused: list[str] = field(default_factory=list)  # as typed
     problems: list[str] = field(default_factory=list)
     origins: dict[str, Origin] = field(default_factory=dict)
+    of_files: LeftOut = field(default_factory=LeftOut)
 
     @property
     def lost(self) -> list[str]:
-        """Settings and groups that somebody typed, and that have another value, because it was
-        refused."""
+        """Settings and groups that somebody typed or wrote into a file, and that have another
+        value, because it was refused."""
         took_part = {name_of(word) for word in self.words}
         names = {name_of(word) for word in self.refused} - took_part
-        return sorted(names & {*settings(), *groups()})
+        return sorted({*names, *self.of_files.settings} & {*settings(), *groups()})
 
     def typed(self, setting: str) -> bool:
         """Whether somebody chose the value: it is not the dataclass's default."""
@@ -66,7 +68,7 @@ def compose_what_fits(words: Sequence[str], hidden: Sequence[str] = ()) -> Compo
     made.problems += nameless_files.values()
     made.refused += nameless_files
     made.words = [word for word in made.words if word not in nameless_files]
-    with initialize_config_dir(str(CONF), version_base="1.3"):
+    with initialize_config_dir(str(CONF), version_base="1.3"), made.of_files.left_out():
         while True:
             try:
                 cfg = compose(
@@ -83,6 +85,10 @@ def compose_what_fits(words: Sequence[str], hidden: Sequence[str] = ()) -> Compo
             except CompositionError as error:
                 told = explain(error, made.words).problems
                 made.problems += [problem for problem in told if problem not in made.problems]
+                key = accused(error)
+                if key is not None and made.of_files.is_new(key):
+                    made.of_files.add(key)
+                    continue
                 culprit = _culprit(told[0], made.words, hidden)
                 if culprit is None:
                     return made

@@ -190,6 +190,20 @@ class BrokenFiles:
         (to / "parallel").mkdir(parents=True)
         (to / "parallel" / "typo.yaml").write_text("tensor_parallel_size: 2\n")
         (to / "parallel" / "torn.yaml").write_text("precision: [bf16\nfoo: {\n")
+        (to / "experiment").mkdir()
+        (to / "experiment" / "slips.yaml").write_text(
+            "# @package _global_\n"
+            "defaults: [override /parallel: tp2]\n"
+            "data: {seq_len: 128}\n"
+            "train: {train_stps: 10, micro_batch_size: 2.5}\n"
+            "optimizer: {betas: [0.9, 0.95]}\n"
+            "schedule: {lr_warmup_steps: 10k}\n"
+        )
+        (to / "model").mkdir()
+        (to / "model" / "slips.yaml").write_text(
+            "name: slips\nnum_layers: twelve\nhidden_size: 64\nffn_size: 256\n"
+            "ffn_hidden_size: 256\nnum_attention_heads: 4\nmax_position_embeddings: 256\n"
+        )
 
     def nowhere(self, to: Path) -> None:
         pass

@@ -96,6 +96,33 @@ def test_broken(entry: dict[str, Any], files: BrokenFiles) -> None:
         assert not report.of(ERROR), told
 
 
+def test_all_slips_of_a_file_are_told_and_the_rest_of_it_counts(files: BrokenFiles) -> None:
+    report = check(
+        ["+model=magneto_tiny", "+experiment=slips"], config_dir=str(files.path("own_conf"))
+    )
+    slips = (
+        "data.seq_len",
+        "train.train_stps",
+        "train.micro_batch_size",
+        "optimizer.betas",
+        "schedule.lr_warmup_steps",
+    )
+    told = [one.text for one in report.of(ERROR)]
+    assert len(told) == len(slips), told
+    for slip, text in zip(slips, told, strict=True):
+        assert text.startswith(f"experiment/slips.yaml: {slip}")
+    assert report.processes == 2  # of the layout that the same file chooses
+
+
+def test_a_file_without_a_value_that_did_not_fit_is_not_told_to_lack_it(files: BrokenFiles) -> None:
+    report = check(["+model=slips"], config_dir=str(files.path("own_conf")))
+    told = [one.text for one in report.of(ERROR)]
+    assert [text.split(": ")[1].split("=")[0] for text in told] == [
+        "model.num_layers",
+        "model.ffn_size",
+    ], told
+
+
 @pytest.mark.parametrize(
     "words",
     [
