@@ -64,7 +64,7 @@ class RunLock:
     def __init__(self, run_dir: str | Path, ends_alone_after: float = STALE_SECONDS) -> None:
         self.run_dir = Path(run_dir)
         self.lost = False
-        self._made = False
+        self._made: list[Path] = []  # folders of its path that were not there, inner ones first
         self.on_heartbeat: Callable[[], None] | None = None  # called after each one, from a thread
         self.on_new_folder: Callable[[str], None] | None = None  # from the same thread
         # the folder itself, whatever its name; open, or a new one might get its inode number
@@ -78,7 +78,7 @@ class RunLock:
 
     def __enter__(self) -> "RunLock":
         try:
-            self._made = not self.run_dir.exists()
+            self._made = [p for p in (self.run_dir, *self.run_dir.parents) if not p.exists()]
             self.run_dir.mkdir(parents=True, exist_ok=True)
             self._take()
             self._folder = os.open(self.run_dir, os.O_RDONLY)
@@ -122,9 +122,9 @@ class RunLock:
         self._remove_if_unused()
 
     def _remove_if_unused(self) -> None:
-        if self._made:
-            with suppress(OSError):  # it holds something
-                self.run_dir.rmdir()
+        with suppress(OSError):  # it holds something
+            for folder in self._made:
+                folder.rmdir()
 
     def check(self) -> None:
         """Raises RunFolderBusyError once another run has taken the folder over. Costs nothing."""
