@@ -285,15 +285,17 @@ def read_ahead(folder: Path) -> None:
     Returns at once: the disk works while the ranks agree on who reads what, which takes some tenths
     of a second. What cannot be read is left to those who need it.
     """
-    names = sorted(_share(folder))
+    size, rank = dist.get_world_size(), dist.get_rank()
 
     def fetch() -> None:
-        for begin in range(0, _AHEAD_BYTES // max(1, len(names)), _AHEAD_STEP_BYTES):
-            for name in names:  # side by side, as the loader's threads read them
-                with suppress(OSError), open(folder / name, "rb", buffering=0) as file:
-                    os.posix_fadvise(
-                        file.fileno(), begin, _AHEAD_STEP_BYTES, os.POSIX_FADV_WILLNEED
-                    )
+        with suppress(OSError):
+            names = sorted(_share_of(rank, size, folder))
+            for begin in range(0, _AHEAD_BYTES // max(1, len(names)), _AHEAD_STEP_BYTES):
+                for name in names:  # side by side, as the loader's threads read them
+                    with open(folder / name, "rb", buffering=0) as file:
+                        os.posix_fadvise(
+                            file.fileno(), begin, _AHEAD_STEP_BYTES, os.POSIX_FADV_WILLNEED
+                        )
 
     threading.Thread(target=fetch, name="read ahead", daemon=True).start()
 
@@ -394,9 +396,12 @@ def _seen_at_once(folder: Path) -> list[str]:
 
 def _share(folder: Path) -> set[str]:
     """Names of the files with tensors that this rank compares."""
-    size, rank = dist.get_world_size(), dist.get_rank()
+    return _share_of(dist.get_rank(), dist.get_world_size(), folder)
+
+
+def _share_of(rank: int, world_size: int, folder: Path) -> set[str]:
     names = {path.name for path in folder.glob(f"*{TENSORS_SUFFIX}")}
-    return {name for name in names if _writer_of(name) % size == rank}
+    return {name for name in names if _writer_of(name) % world_size == rank}
 
 
 def _damaged(folder: Path, names: set[str], known: dict[str, Entry] | None = None) -> list[str]:

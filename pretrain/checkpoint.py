@@ -25,7 +25,7 @@ from parallel.checkpoint_plan import Plans, on_all_ranks
 from parallel.checkpoint_save import HostMemory, PendingSave, StoreLost
 from parallel.engine import Engine, checkpoint_metadata
 from pretrain.checkpoint_list import find_checkpoints, step_of
-from pretrain.checkpoint_retention import Retention, remove
+from pretrain.checkpoint_retention import Retention, set_aside, take_back_after
 from pretrain.config import CheckpointConfig
 from pretrain.run_identity import (
     ALL_PARTS,
@@ -301,21 +301,23 @@ class Checkpoints:
             state, found = self._newest_sound(engine, existing)
             if state is None:
                 raise CheckpointError(none_sound(self.folder, damaged + found))
-            return state
-        if self.config.load:
-            self._load_given(engine, self.config.load)
-        return TrainState()
+        else:
+            state = TrainState()
+            if self.config.load:
+                self._load_given(engine, self.config.load)
+        self._forget_after(state.step)
+        return state
 
     def roll_back(self, engine: Engine) -> TrainState:
-        """Bring the engine to the newest sound regular save of this run, and remove the checkpoints
-        after it: they belong to steps that are taken back. All ranks must call it.
+        """Bring the engine to the newest sound regular save of this run, and set the checkpoints
+        after it aside: they belong to steps that are taken back. All ranks must call it.
 
-        Where a run was stopped, and saved for that, must not decide how it goes on. Damaged
-        checkpoints are set aside (renamed), and `notify` is told.
+        Where a run was stopped, and saved for that, must not decide how it goes on. What is set
+        aside, damaged checkpoints too, gets another name, and `notify` is told.
 
         Raises:
             CheckpointError: there is none, or it belongs to another model or other data, or those
-                after it cannot be removed.
+                after it cannot be renamed.
         """
         self._finish_pending()
         existing, _ = self._existing()
@@ -328,11 +330,13 @@ class Checkpoints:
                 f"{', '.join(damaged) or 'none'}. Put one back from a copy (without the suffix), "
                 "or set anomaly.on_nonfinite=skip and anomaly.on_spike=skip"
             )
-        later = [path for path in existing if step_of(path) > state.step]
-        checkpoint_io.on_rank_zero(
-            functools.partial(self._remove, later),
-            f"remove the checkpoints after step {state.step}, to which the run goes back",
+        told = checkpoint_io.on_rank_zero(
+            lambda: take_back_after(self.folder, state.step, self._must_hold_the_folder),
+            f"set aside the checkpoints after step {state.step}, to which the run goes back",
         )
+        if told:
+            self.notify("checkpoints_taken_back", state.step, told)
+        self._forget_after(state.step)
         return state
 
     def _newest_sound(
@@ -347,12 +351,14 @@ class Checkpoints:
             damaged.append(self._set_aside(path, problems))
         return None, damaged
 
-    def _remove(self, folders: list[Path]) -> None:
-        """On rank 0, the newest first: what is left at any moment is a run's own past."""
-        for path in reversed(folders):
-            if path.is_dir():  # and not set aside
-                self._must_hold_the_folder()
-                remove(path)
+    def _forget_after(self, step: int) -> None:
+        """On rank 0: eval/loss of later steps, which are taken anew, does not count any more."""
+        if dist.get_rank() == 0:
+            try:
+                self.retention.forget_after(step)
+            except OSError as error:
+                text = f"eval/loss of steps that are taken anew stays in the file: {error}"
+                self.notify("retention_failed", step, text)
 
     def _finish_pending(self) -> None:
         if self._pending is not None:
@@ -371,15 +377,7 @@ class Checkpoints:
         return checkpoint_io.on_rank_zero(look, f"look at {self.folder}")
 
     def _set_aside(self, path: Path, problems: list[str]) -> str:
-        def rename() -> str:
-            name, count = path.name + DAMAGED_SUFFIX, 1
-            while (path.parent / name).exists():
-                count += 1
-                name = f"{path.name}{DAMAGED_SUFFIX}-{count}"
-            path.rename(path.parent / name)
-            return name
-
-        name = checkpoint_io.on_rank_zero(rename, f"set {path} aside")
+        name = checkpoint_io.on_rank_zero(lambda: set_aside(path), f"set {path} aside")
         shown = "; ".join(problems[:5]) + ("; ..." if problems[5:] else "")
         self.notify(
             "checkpoint_damaged",

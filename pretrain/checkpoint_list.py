@@ -26,7 +26,8 @@ from parallel.checkpoint_manifest import NAME as MANIFEST_FILE
 from parallel.checkpoint_reader import FORMAT_FILE, INDEX_FILE, PLAIN_FILE, CheckpointReader
 
 _STEP = re.compile(r"step_(\d+)")
-_SOMETHING_ELSE = re.compile(r"step_\d+\.(partial|damaged(-\d+)?)")
+TAKEN_BACK_SUFFIX = ".taken_back"  # of checkpoints of steps that a rollback took back
+_SOMETHING_ELSE = re.compile(r"step_\d+\.(partial|damaged(-\d+)?|taken_back(\.partial)?)")
 SOUND = "sound"
 VALUES_FILE = "checkpoint.json"  # of a copy as safetensors: the plain values
 UNVERIFIED = "not verifiable: saved before there were manifests"
@@ -119,8 +120,11 @@ def others(path: Path) -> dict[Path, str]:
     found = {}
     for folder in sorted(p for parent in folders for p in parent.iterdir() if p.is_dir()):
         if _SOMETHING_ELSE.fullmatch(folder.name):
-            damaged = ".damaged" in folder.name
-            found[folder] = "damaged, set aside by a run" if damaged else "unfinished save"
+            found[folder] = "unfinished save"
+            if ".damaged" in folder.name:
+                found[folder] = "damaged, set aside by a run"
+            elif folder.name.endswith(TAKEN_BACK_SUFFIX):
+                found[folder] = "set aside by a rollback, which took its step back"
         elif _STEP.fullmatch(folder.name) and not is_checkpoint(folder):
             found[folder] = f"damaged: {FORMAT_FILE} is missing"
     return found

@@ -1,17 +1,19 @@
-"""Which checkpoints of a run are kept, and the removal of the others. Imports no torch."""
+"""Which checkpoints of a run are kept; removal and other names for the others. Imports no torch."""
 
 from __future__ import annotations
 
 import json
 import math
+import shlex
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from parallel.checkpoint_manifest import verify
-from pretrain.checkpoint_list import find_checkpoints, losses_of, step_of
+from pretrain.checkpoint_list import TAKEN_BACK_SUFFIX, find_checkpoints, losses_of, step_of
 from pretrain.config import CheckpointConfig
 from pretrain.provenance import atomic_write_text
+from pretrain.run_identity import DAMAGED_SUFFIX
 
 # in the checkpoints' folder: {"100": eval/loss, ...}
 EVALUATIONS = "evaluations.json"
@@ -76,6 +78,23 @@ class Retention:
     def record(self, step: int, loss: float) -> None:
         """eval/loss of the weights after `step`. Raises OSError where it cannot be written."""
         self.losses[step] = loss
+        self._write()
+
+    def forget_after(self, step: int) -> None:
+        """The run goes on from `step` and takes later steps anew, with other losses: what those of
+        before were must not decide which checkpoint is the best.
+
+        Raises OSError where it cannot be written; it is forgotten anyway.
+        """
+        stale = [later for later in self.losses if later > step]
+        for later in stale:
+            del self.losses[later]
+        self._looked_up = {seen for seen in self._looked_up if seen <= step}
+        self._unknown = {seen for seen in self._unknown if seen <= step}
+        if stale:
+            self._write()
+
+    def _write(self) -> None:
         if not self.folder.is_dir():
             return  # it will be written with the evaluation after the first save
         content = {str(step): value for step, value in sorted(self.losses.items())}
@@ -131,6 +150,45 @@ def remove(folder: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
     folder.rename(doomed)
     shutil.rmtree(doomed)
+
+
+def set_aside(folder: Path) -> str:
+    """Give a damaged checkpoint a name that nothing loads, counts or removes; returns that."""
+    name, count = folder.name + DAMAGED_SUFFIX, 1
+    while folder.with_name(name).exists():
+        count += 1
+        name = f"{folder.name}{DAMAGED_SUFFIX}-{count}"
+    folder.rename(folder.with_name(name))
+    return name
+
+
+def take_back_after(folder: Path, step: int, must_hold: Callable[[], None]) -> str:
+    """The same for the checkpoints in `folder` of steps after `step`, which a rollback takes back;
+    returns what a person should know, "" where there are none.
+
+    They may be more than the run will make again: the end of a run that was made longer, say. Of
+    each step the one taken back last is kept: a run that goes back again and again must not fill
+    the disk with the same steps.
+
+    must_hold: raises where the run may not touch the folder any more.
+    """
+    later = [path for path in folder.iterdir() if path.is_dir() and step_of(path) > step]
+    names = []
+    # the newest first: what is left at any moment is a run's own past
+    for path in sorted(later, key=step_of, reverse=True):
+        must_hold()
+        aside = path.with_name(path.name + TAKEN_BACK_SUFFIX)
+        if aside.exists():
+            remove(aside)
+        path.rename(aside)
+        names.append(aside.name)
+    if not names:
+        return ""
+    return (
+        f"the run goes back to step {step} and takes the steps after it anew; their checkpoints "
+        f"get other names, and nothing loads them: {', '.join(sorted(names))}. If nobody needs "
+        f"them: rm -r {shlex.quote(str(folder))}/step_*{TAKEN_BACK_SUFFIX}"
+    )
 
 
 def _read(path: Path) -> dict[int, float]:

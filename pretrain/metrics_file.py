@@ -4,6 +4,7 @@ Imports neither torch nor megatron-core.
 """
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -16,6 +17,8 @@ from typing import Any
 from pretrain.provenance import atomic_write_text
 
 METRICS_FILE = "metrics.jsonl"
+# With these a descriptor refuses everything from now on: another host removed the file (NFS).
+_UNUSABLE = (errno.ESTALE, errno.EBADF)
 
 
 class StepLines:
@@ -26,7 +29,8 @@ class StepLines:
 
     A run resumed from step k takes the steps after k again, so their old lines are dropped, as is
     a line cut off by a crash or with bytes that are not UTF-8; the file is rewritten atomically.
-    Removed or moved under the run, it is written again whole, once its folder is there again.
+    Removed or moved under the run, it is written again whole, once its folder is there again; what
+    cannot be read any more of the old one, for a stale NFS handle, is lost, and told.
 
     Args:
         resumed_step: step of the checkpoint; None: a run from its start, old lines all go.
@@ -43,6 +47,7 @@ class StepLines:
         self._file = open(self.path, "ab+", buffering=0)  # noqa: SIM115  closed by close()
         self._waiting = b""
         self._failing = False
+        self._unusable = False  # the open file refuses everything, or is closed
 
     def write(self, record: Mapping[str, Any]) -> None:
         self._waiting += (json.dumps(record) + "\n").encode()
@@ -54,30 +59,65 @@ class StepLines:
     def _write(self) -> OSError | None:
         try:
             self._follow()
-            while self._waiting:  # a disk that fills up takes a part
-                self._waiting = self._waiting[self._file.write(self._waiting) :]
+            try:
+                self._hand_over()
+            except OSError as error:
+                if error.errno not in _UNUSABLE:
+                    raise
+                self._unusable = True
+                self._follow()
+                self._hand_over()
         except OSError as error:
             return error
         return None
 
+    def _hand_over(self) -> None:
+        while self._waiting:  # a disk that fills up takes a part
+            self._waiting = self._waiting[self._file.write(self._waiting) :]
+
     def _follow(self) -> None:
-        """Where another file, or none, has the path by now: go on there. A look costs a stat."""
-        if not self.path.parent.is_dir():
-            return  # the old file, though nobody sees it, keeps the lines meanwhile
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(self.path.stat(), os.fstat(self._file.fileno())):
-                return
+        """Where another file, or none, has the path by now, or the open one is of no use any more:
+        go on in the file of that name. A look costs a stat."""
+        if self._is_current():
+            return
         new = not self.path.exists()
+        found = "removed or moved" if new else "replaced, or its handle went stale,"
+        earlier = ""
         if new:
-            self._file.seek(0)
-            atomic_write_text(self.path, self._file.read().decode(errors="replace"))
-        there = open(self.path, "ab+", buffering=0)  # noqa: SIM115  closed by close()
-        self._file.close()
-        self._file = there
+            try:
+                self._file.seek(0)
+                old = self._file.read()
+            except (OSError, ValueError) as error:  # ValueError: it is closed
+                earlier = f"; all earlier lines are lost ({error})"
+            else:
+                atomic_write_text(self.path, old.decode(errors="replace"))
+                earlier = ", with all earlier ones"
+        self._unusable = True
+        self._drop()  # before another descriptor may get its number
+        self._file = open(self.path, "ab+", buffering=0)  # noqa: SIM115  closed by close()
+        self._unusable = False
         warn(
-            f"{self.path} was {'removed or moved' if new else 'replaced'} while the run writes it; "
-            f"its lines go on in the file of that name{', with all earlier ones' if new else ''}"
+            f"{self.path} was {found} while the run writes it; its lines go on in the file of that "
+            f"name{earlier}"
         )
+
+    def _is_current(self) -> bool:
+        if self._unusable:
+            return False
+        if not self.path.parent.is_dir():
+            return True  # the old file, though nobody sees it, keeps the lines meanwhile
+        try:
+            there = self.path.stat()
+        except FileNotFoundError:
+            return False
+        try:
+            return os.path.samestat(there, os.fstat(self._file.fileno()))
+        except OSError:  # a stale handle
+            return False
+
+    def _drop(self) -> None:
+        with contextlib.suppress(OSError):  # closed it is all the same
+            self._file.close()
 
     def reopened(self, step: int) -> "StepLines":
         """The file without the lines after `step`, of a run that goes on from there."""
@@ -85,11 +125,15 @@ class StepLines:
         return StepLines(self.path, step)
 
     def close(self) -> None:
-        if not self._file.closed and (error := self._write()):
+        open_or_owing = not self._file.closed or self._waiting
+        if open_or_owing and (error := self._write()):
             count = self._waiting.count(b"\n")
             warn(f"{self.path}: lines missing at its end: {count} ({error})")
         self._waiting = b""
-        self._file.close()
+        try:
+            self._file.close()
+        except OSError as error:  # NFS may refuse here what it seemed to take
+            warn(f"{self.path}: its last lines may be missing ({error})")
 
 
 class MetricsFile:

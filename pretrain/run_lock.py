@@ -6,6 +6,7 @@ refused before it trains. Imports neither torch nor megatron-core.
 """
 
 import errno
+import functools
 import os
 import sys
 import threading
@@ -65,8 +66,12 @@ class RunLock:
         self.run_dir = Path(run_dir)
         self.lost = False
         self._made: list[Path] = []  # folders of its path that were not there, inner ones first
-        self.on_heartbeat: Callable[[], None] | None = None  # called after each one, from a thread
-        self.on_new_folder: Callable[[str], None] | None = None  # from the same thread
+        # Called after each heartbeat, from its thread; what they raise is told and ends nothing.
+        self.on_heartbeat: Callable[[], None] | None = None
+        # Called again at each heartbeat until it has worked once.
+        self.on_new_folder: Callable[[str], None] | None = None
+        self._new_folder = ""  # what `on_new_folder` has yet to be called with
+        self._told: dict[str, str] = {}  # the last error of each, told already
         # the folder itself, whatever its name; open, or a new one might get its inode number
         self._folder = -1
         self._job = slurm_job()
@@ -160,8 +165,26 @@ class RunLock:
                 if not self._renew():
                     self.lost = True
                     return
+            if self._new_folder and self.on_new_folder is not None:
+                act = functools.partial(self.on_new_folder, self._new_folder)
+                if self._works("what a new run folder needs", act):
+                    self._new_folder = ""
             if self.on_heartbeat is not None:
-                self.on_heartbeat()
+                self._works("what is done at a heartbeat", self.on_heartbeat)
+
+    def _works(self, what: str, act: Callable[[], None]) -> bool:
+        """Whether `act` went through. It must not end the heartbeat: the lock would grow stale, and
+        another run would take the folder."""
+        try:
+            act()
+        except Exception as error:
+            text = f"run_dir={self.run_dir}: {what} failed: {type(error).__name__}: {error}"
+            if text != self._told.get(what):  # once, not at every heartbeat
+                _warn(f"{text}. It is tried again every {HEARTBEAT_SECONDS:g} s")
+            self._told[what] = text
+            return False
+        self._told.pop(what, None)
+        return True
 
     def _renew(self) -> bool:
         """Renew the lock, in a folder made anew if need be; False: the folder is another run's."""
@@ -172,16 +195,17 @@ class RunLock:
             return False  # only a start writes it
         if not self._file.renew():
             return False
-        os.close(self._folder)
-        self._folder = os.open(self.run_dir, os.O_RDONLY)
+        before, self._folder = self._folder, os.open(self.run_dir, os.O_RDONLY)
+        with suppress(OSError):  # NFS: the one that was there is gone
+            os.close(before)
         text = (
             f"run_dir={self.run_dir} was removed or moved while this run writes it. The run goes "
             "on, in a new folder of that name: later checkpoints and records go there, and earlier "
             "checkpoints are not in it. If it was moved, stop this run before you start another"
         )
-        print(f"\nWARNING: {text}\n", file=sys.stderr, flush=True)
+        _warn(text)
         if self.on_new_folder is not None:
-            self.on_new_folder(text)
+            self._new_folder = text
         return True
 
     def _is_same_folder(self) -> bool:
@@ -198,6 +222,10 @@ class RunLock:
 
     def _describe(self, holder: dict[str, Any]) -> str:
         return _describe(self._file.path, holder)
+
+
+def _warn(text: str) -> None:
+    print(f"\nWARNING: {text}\n", file=sys.stderr, flush=True)
 
 
 def unusable(folder: Path, error: OSError | None = None, *, setting: str = "run_dir") -> str:

@@ -1,6 +1,7 @@
 """What holds for every test: one thread a process, no GPU unless asked for, and a clean end."""
 
 import os
+import signal
 
 # before anything imports torch, and inherited by every process a test starts
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -13,6 +14,9 @@ from collections.abc import Iterator
 import pytest
 
 from tests.distributed import close_pool
+
+# A shell's background jobs ignore Ctrl-C, and so would all that they start: tests send it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_configure(config: pytest.Config) -> None:

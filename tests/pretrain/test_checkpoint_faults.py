@@ -470,57 +470,6 @@ def test_a_save_behind_the_training_holds_the_step_it_is_of(tmp_path: Path) -> N
     assert checkpoint_manifest.verify(tmp_path / "step_00000004") == []
 
 
-def keep_the_best(folder: Path) -> list[str]:
-    runtime, machine = engine(seed=7)
-    config = CheckpointConfig(keep_last=1, keep_best=1, async_save=False)
-    checkpoints = opened(folder, config, [])
-    for step, loss in ((1, 2.0), (2, 1.0), (3, 1.5), (4, 0.5)):
-        checkpoints.save(machine, TrainState(step=step))
-        checkpoints.record_evaluation(step, loss)
-    shutdown(runtime)
-    return [path.name for path in checkpoints.steps()]
-
-
-def test_the_best_by_evaluation_is_kept(tmp_path: Path) -> None:
-    assert run_on_gloo(1, keep_the_best, tmp_path)[0] == ["step_00000004"]
-    losses = json.loads((tmp_path / "evaluations.json").read_text())
-    assert losses == {"1": 2.0, "2": 1.0, "3": 1.5, "4": 0.5}
-
-
-def trouble_noting(folder: Path) -> Notices:
-    runtime, machine = engine(seed=7)
-    notices: Notices = []
-    checkpoints = opened(folder, CheckpointConfig(keep_best=1, async_save=False), notices)
-    checkpoints.save(machine, TrainState(step=1))
-    (folder / "evaluations.json").mkdir()
-    checkpoints.record_evaluation(1, 2.0)
-    shutdown(runtime)
-    return notices
-
-
-def test_an_evaluation_that_cannot_be_noted_is_told(tmp_path: Path) -> None:
-    notices = run_on_gloo(1, trouble_noting, tmp_path)[0]
-    assert [kind for kind, _, _ in notices] == ["saved", "retention_failed"]
-    assert "could not note eval/loss" in notices[1][2]
-
-
-def save_beside_cut_evaluations(folder: Path) -> Notices:
-    runtime, machine = engine(seed=7)
-    notices: Notices = []
-    checkpoints = opened(folder, CheckpointConfig(keep_best=1, async_save=False), notices)
-    for step in (1, 2):
-        checkpoints.save(machine, TrainState(step=step))
-    shutdown(runtime)
-    return notices
-
-
-def test_evaluations_that_are_lost_are_told_of_once(tmp_path: Path) -> None:
-    (tmp_path / "evaluations.json").write_text('{"1": 2.0')
-    notices = run_on_gloo(1, save_beside_cut_evaluations, tmp_path)[0]
-    assert [kind for kind, _, _ in notices] == ["retention_failed", "saved", "saved"]
-    assert "evaluations.json cannot be read (JSONDecodeError: " in notices[0][2]
-
-
 def save_last_behind_another(folder: Path) -> tuple[bool, bool]:
     """Whether the last save copies to the memory of the one before; whether a load gets on."""
     runtime, machine = engine(seed=7)

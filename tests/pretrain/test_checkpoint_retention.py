@@ -145,6 +145,19 @@ def test_what_may_be_the_best_is_not_removed(tmp_path: Path, content: str | None
     assert (folder / "step_00000005").is_dir() and (folder / "step_00000010").is_dir()
 
 
+def test_what_was_looked_for_is_looked_for_again_where_the_step_is_taken_anew(
+    tmp_path: Path,
+) -> None:
+    folder = run_of_four(tmp_path, metrics=False)
+    retention = Retention(folder, CheckpointConfig(save_interval=5, keep_last=1, keep_best=1))
+    retention.record(5, 2.0)
+    assert retention.apply() == ["step_00000012"] and "of step 10 is neither" in retention.news()
+    retention.forget_after(5)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 10, "eval/loss": 3.0}\n')
+    assert retention.apply() == ["step_00000010"]
+    assert retention.losses == {5: 2.0, 10: 3.0}
+
+
 def test_evaluations_outlive_a_power_cut(tmp_path: Path) -> None:
     """The new file is on the disk before it takes the old one's name, and the name after."""
     seen: list[str] = []

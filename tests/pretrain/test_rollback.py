@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +13,10 @@ import pytest
 
 from data.ledger import read_ledger
 from parallel.checkpoint_io import CheckpointError
+from parallel.checkpoint_manifest import verify
 from parallel.runtime import shutdown
 from pretrain.checkpoint import Checkpoints
-from pretrain.checkpoint_list import find_checkpoints
+from pretrain.checkpoint_list import find_checkpoints, others
 from pretrain.config import AnomalyConfig, CheckpointConfig, OnSpike
 from pretrain.events import read_events
 from pretrain.metrics_file import read_metrics
@@ -63,11 +66,18 @@ def folder(saved: tuple[Path, list[bool]], tmp_path: Path) -> Path:
     return Path(shutil.copytree(saved[0], tmp_path / "checkpoints"))
 
 
-def roll_back(folder: Path, held: bool = True) -> tuple[int, float] | str:
-    """The step gone back to and a weight there, or the error's text."""
+def note(file: Path, *notice: Any) -> None:
+    file.write_text(json.dumps(notice))
+
+
+def roll_back(folder: Path, held: bool = True, told: str = "") -> tuple[int, float] | str:
+    """The step gone back to and a weight there, or the error's text. Notices go to a file in
+    the folder `told`, one for each rank."""
     runtime, machine = engine(seed=8)
     checkpoints = Checkpoints(folder, CheckpointConfig(save_interval=5, keep_last=0), IDENTITY)
     checkpoints.may_publish = lambda: held
+    if told:
+        checkpoints.notify = functools.partial(note, Path(told, str(runtime.rank)))
     try:
         state = checkpoints.roll_back(machine)
         return state.step, float(next(machine.chunks[0].module.parameters()).data.mean())
@@ -85,9 +95,49 @@ def test_it_is_possible_from_the_first_regular_save_on(saved: tuple[Path, list[b
     assert saved[1] == [False, False, True, True, True, True]  # before 3, 5, 7, ...
 
 
-def test_the_newest_regular_save_is_taken_and_those_after_it_go(folder: Path) -> None:
-    assert run_on_gloo(2, roll_back, folder) == [(10, 10.0), (10, 10.0)]
+def test_the_newest_regular_save_is_taken_and_those_after_it_are_set_aside(
+    folder: Path, tmp_path: Path
+) -> None:
+    (folder / "step_00000011.taken_back").mkdir()  # of an earlier rollback: the newer one is kept
+    contents = {step: checkpoint_contents(folder / f"step_000000{step}") for step in (11, 12)}
+    told = tmp_path / "told"
+    told.mkdir()
+    assert run_on_gloo(2, roll_back, folder, True, str(told)) == [(10, 10.0), (10, 10.0)]
     assert steps_in(folder) == [3, 5, 7, 10]
+    names = [f"step_000000{step}.taken_back" for step in (11, 12)]
+    assert sorted(path.name for path in folder.glob("*.*")) == names
+    for step, name in zip((11, 12), names, strict=True):
+        assert checkpoint_contents(folder / name) == contents[step]
+    for rank in ("0", "1"):
+        kind, step, text = json.loads((told / rank).read_text())
+        assert (kind, step) == ("checkpoints_taken_back", 10)
+        assert "goes back to step 10" in text and ", ".join(names) in text
+        assert text.endswith(f"If nobody needs them: rm -r {folder}/step_*.taken_back")
+
+
+def checkpoint_contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_what_was_taken_back_is_not_counted_nor_removed_but_listed(folder: Path) -> None:
+    config = CheckpointConfig(save_interval=5, keep_last=1)
+    for step in (11, 12):
+        path = folder / f"step_000000{step}"
+        path.rename(path.with_name(path.name + ".taken_back"))
+    (folder / "step_00000007.taken_back.partial").mkdir()  # killed while it was removed
+    assert [what.split(",")[0] for what in others(folder).values()] == [
+        "unfinished save",
+        "set aside by a rollback",
+        "set aside by a rollback",
+    ]
+    checkpoints = Checkpoints(folder, config, IDENTITY)
+    assert not checkpoints._prepare(folder / "step_00000012")
+    checkpoints._retain()
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == ["step_00000010", "step_00000011.taken_back", "step_00000012.taken_back"]
+    # whoever names one gets it
+    (found,) = find_checkpoints(folder / "step_00000012.taken_back")
+    assert verify(found) == [] and steps_in(folder) == [10]
 
 
 def test_a_damaged_one_is_set_aside_and_the_regular_one_before_it_taken(folder: Path) -> None:
@@ -103,7 +153,7 @@ def test_a_damaged_one_is_set_aside_and_the_regular_one_before_it_taken(folder: 
 
 def test_who_lost_the_folder_takes_nothing_back(folder: Path) -> None:
     for error in run_on_gloo(2, roll_back, folder, False):
-        assert "could not remove the checkpoints after step 10" in str(error)
+        assert "could not set aside the checkpoints after step 10" in str(error)
         assert "this run does not hold its folder any more" in str(error)
     assert steps_in(folder) == [3, *STEPS]
 
@@ -186,6 +236,9 @@ def test_a_stop_before_it_changes_nothing(
     assert entry["step"] == 12
     assert_same(tmp_path, whole[0])
     assert steps_in(tmp_path / "checkpoints") == [6, 12, 18]
+    assert (tmp_path / "checkpoints/step_00000014.taken_back/manifest.json").is_file()
+    (event,) = [e for e in read_events(tmp_path) if e["kind"] == "checkpoints_taken_back"]
+    assert event["step"] == 12 and "step_00000014.taken_back" in event["text"]
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Two runs, one folder."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -208,6 +209,72 @@ def test_a_folder_removed_or_moved_is_held_anew_and_told(
         with pytest.raises(RunFolderBusyError, match="is being written by"):
             RunLock(folder).__enter__()
     assert capsys.readouterr().err.count("was removed or moved while this run writes it") == 1
+
+
+class Flaky:
+    """Raises `error` the first three times it is called."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+        self.calls, self.worked = 0, threading.Semaphore(0)
+
+    def __call__(self, *given: Any) -> None:
+        self.calls += 1
+        if self.calls <= 3:
+            raise self.error
+        self.worked.release()
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyError("state")])
+def test_what_fails_at_a_heartbeat_is_told_and_does_not_end_it(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: Exception,
+) -> None:
+    monkeypatch.setattr(run_lock, "HEARTBEAT_SECONDS", 0.02)
+    folder, record, status = tmp_path / "run", Flaky(error), Flaky(error)
+    with RunLock(folder) as lock:
+        lock.on_new_folder, lock.on_heartbeat = record, status
+        assert status.worked.acquire(timeout=10)
+        shutil.rmtree(folder)
+        assert record.worked.acquire(timeout=10)
+        os.utime(folder / "lock", (0, 0))
+        assert all(status.worked.acquire(timeout=10) for _ in range(status.calls + 3))
+        assert time.time() - (folder / "lock").stat().st_mtime < 10
+    assert record.calls == 4  # and not again once it has worked
+    told = capsys.readouterr().err
+    said = f"failed: {type(error).__name__}: {error}. It is tried again every 0.02 s"
+    for what in ("what a new run folder needs", "what is done at a heartbeat"):
+        assert told.count(f"WARNING: run_dir={folder}: {what} {said}") == 1
+
+
+def test_a_new_folder_that_cannot_be_opened_at_once_is_held_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What NFS answers for a while, put in by hand. The descriptor of the old folder stays open
+    meanwhile: its number could be another file's, which the next heartbeat would close."""
+    folder, refused = tmp_path / "run", list[Any]()
+    real = os.open
+
+    def refuse_twice(path: Any, *given: Any, **named: Any) -> int:
+        if Path(path) == folder and len(refused) < 2:
+            refused.append(path)
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return real(path, *given, **named)
+
+    with RunLock(folder) as lock:
+        before = lock._folder
+        shutil.rmtree(folder)
+        monkeypatch.setattr(os, "open", refuse_twice)
+        for _ in range(2):
+            with pytest.raises(OSError, match="Stale file handle"):
+                lock._renew()
+            assert lock._folder == before and os.fstat(before).st_nlink == 0
+        assert lock._renew() and len(refused) == 2
+        assert os.path.samestat(folder.stat(), os.fstat(lock._folder))
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(before)  # given back, and once
 
 
 @pytest.mark.parametrize("by", ["its lock", "its record"])

@@ -1,9 +1,8 @@
-"""metrics.jsonl under crashes and resumes, and W&B through the real library, offline."""
+"""Trackers: which there are, W&B through the real library, offline, and TensorBoard."""
 
 import json
 import math
 import os
-import shutil
 import subprocess
 import sys
 import textwrap
@@ -16,10 +15,11 @@ import pytest
 from parallel.config import ConfigError
 from pretrain.config import PretrainConfig, TensorboardConfig, WandbConfig, WandbMode
 from pretrain.config_rules import validate
-from pretrain.metrics_file import MetricsFile, StepLines, read_metrics
+from pretrain.metrics_file import MetricsFile
 from pretrain.tracker import NullTracker, _Trackers, make_tracker, resolve_wandb_mode
-from tests.disks import fill, small_disk
+from tests.disks import small_disk
 from tests.parity import MODEL
+from tests.pretrain.test_metrics_file import steps
 from tests.pretrain.wandb_server import HANG, wandb_server
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,87 +30,6 @@ def no_wandb_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
-
-
-def steps(run_dir: Path) -> list[int]:
-    return [record["step"] for record in read_metrics(run_dir / "metrics.jsonl")]
-
-
-def test_lines_are_on_disk_at_once_and_are_json(tmp_path: Path):
-    file = MetricsFile(tmp_path / "run")
-    file.log(1, {"train/loss": 2.5, "train/grad_norm": math.inf, "eval/loss": math.nan})
-    line = (tmp_path / "run" / "metrics.jsonl").read_text()
-
-    def refuse(constant: str) -> None:
-        raise AssertionError(f"{constant} is not JSON")
-
-    record = json.loads(line, parse_constant=refuse)
-    assert record.pop("time") > 1.6e9
-    assert record == {"step": 1, "train/loss": 2.5, "train/grad_norm": None, "eval/loss": None}
-    assert math.isnan(read_metrics(file.path)[0]["eval/loss"])
-    file.close()
-    file.close()
-
-
-def test_no_step_counts_twice_after_a_resume(tmp_path: Path):
-    file = MetricsFile(tmp_path)
-    for step in range(6):
-        file.log(step, {"train/loss": step})
-    file.close()
-    with open(file.path, "a") as torn:
-        torn.write('{"step": 3, "train/lo')  # killed within a write
-    resumed = MetricsFile(tmp_path, resumed_step=3)
-    assert steps(tmp_path) == [0, 1, 2, 3]
-    resumed.log(4, {"train/loss": 40})
-    resumed.close()
-    assert steps(tmp_path) == [0, 1, 2, 3, 4]
-    assert read_metrics(file.path)[-1]["train/loss"] == 40
-    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
-
-
-def test_bytes_that_are_not_utf_8_cost_their_line_only(tmp_path: Path) -> None:
-    file = MetricsFile(tmp_path)
-    file.log(1, {"train/loss": 9.0})
-    file.close()
-    with open(file.path, "ab") as torn:
-        torn.write(b'{"step": 2, "x": "\xff\xfe\n{"step": "two"}\n')
-    assert steps(tmp_path) == [1]
-    resumed = MetricsFile(tmp_path, resumed_step=1)
-    resumed.log(2, {"train/loss": 8.0})
-    resumed.close()
-    assert steps(tmp_path) == [1, 2] and b"\xff" not in file.path.read_bytes()
-
-
-@pytest.mark.parametrize("how", ["removed", "moved", "replaced"])
-def test_a_file_that_goes_from_under_the_run_is_written_whole_again(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], how: str
-) -> None:
-    folder = tmp_path / "run"
-    file = MetricsFile(folder)
-    file.log(1, {"train/loss": 9.0})
-    if how == "removed":
-        shutil.rmtree(folder)
-    elif how == "moved":
-        folder.rename(tmp_path / "elsewhere")
-    else:  # as by an editor
-        shutil.copy(file.path, folder / "copy")
-        (folder / "copy").replace(file.path)
-    file.log(2, {"train/loss": 8.0})  # nobody has made the folder anew yet
-    folder.mkdir(exist_ok=True)
-    file.log(3, {"train/loss": 7.0})
-    file.close()
-    assert steps(folder) == [1, 2, 3]
-    told = capsys.readouterr().err
-    assert told.count("WARNING") == 1
-    assert ("was replaced" if how == "replaced" else "was removed or moved") in told
-
-
-def test_a_run_from_its_start_keeps_nothing_of_an_earlier_one(tmp_path: Path):
-    for _ in range(2):
-        file = MetricsFile(tmp_path)
-        file.log(0, {"eval/loss": 9.0})
-        file.close()
-    assert steps(tmp_path) == [0]
 
 
 def test_mode(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
@@ -419,33 +338,6 @@ def test_a_killed_run_goes_on_behind_what_wandb_has(tmp_path: Path) -> None:
         at_server = [row["_step"] for row in server.history]
         assert at_server == list(range(13))
         assert server.runs == {(run_dir / "wandb_run_id").read_text().strip()}
-
-
-def test_lines_wait_for_a_full_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with small_disk(tmp_path / "disk", "64k") as disk:
-        lines = StepLines(disk / "lines.jsonl")
-        lines.write({"step": 1})
-        filler = fill(disk)
-        for step in range(2, 9):
-            lines.write({"step": step, "text": "long" * 500})
-        assert capsys.readouterr().err.count("its lines wait in memory") == 1
-        filler.unlink()
-        lines.write({"step": 9})
-        lines.close()
-        written = [json.loads(line) for line in (disk / "lines.jsonl").read_text().splitlines()]
-        assert [record["step"] for record in written] == list(range(1, 10))
-
-
-def test_a_disk_that_stays_full_is_no_error_at_the_end(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with small_disk(tmp_path / "disk", "64k") as disk:
-        lines = StepLines(disk / "lines.jsonl")
-        fill(disk)
-        lines.write({"step": 1})
-        lines.write({"step": 2})
-        lines.close()
-        assert "lines.jsonl: lines missing at its end: 2 ([Errno 28]" in capsys.readouterr().err
 
 
 def run_wandb_over_a_full_disk(disk: Path) -> subprocess.CompletedProcess[str]:
