@@ -16,7 +16,7 @@ is_finished() {
 }
 
 newest_checkpoint() {
-  find "$RUN_DIR/checkpoints" -maxdepth 1 -name 'step_*[0-9]' 2>/dev/null | sort | tail -n 1
+  find "$RUN_DIR/checkpoints" -maxdepth 1 -regex '.*/step_[0-9]+' 2>/dev/null | sort | tail -n 1
 }
 
 # Runs on each node. SLURM's signals may reach this shell alone (where it tracks processes by

@@ -21,6 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+RUN_RECORD = "run.json"  # of a run's first start
 HIDDEN = "<hidden>"
 
 # "token" but neither "tokens" nor "tokenizer", which are this project's daily words

@@ -43,7 +43,7 @@ from pretrain.instruments import Instruments
 from pretrain.memory import predict_memory_of_run
 from pretrain.predicted_losses import PredictedLosses, keep_law, write_prediction
 from pretrain.progress import Progress
-from pretrain.provenance import atomic_write_text, write_run_record
+from pretrain.provenance import RUN_RECORD, atomic_write_text, write_run_record
 from pretrain.router_report import open_router_report
 from pretrain.run_identity import asdict_plain, changed_settings, identity, vocabulary_of
 from pretrain.run_lock import RunFolderBusyError, RunLock
@@ -446,7 +446,8 @@ def write_again(
     config: PretrainConfig, data: Data, runtime: Runtime, events: Events, text: str, step: int
 ) -> None:
     """The folder of a run was made anew under it: what a start writes there, and the event."""
-    record_run(config, data, runtime, Path(config.run_dir), resumed_step=step)
+    if not (Path(config.run_dir) / RUN_RECORD).exists():  # else this is tried again
+        record_run(config, data, runtime, Path(config.run_dir), resumed_step=step)
     events.write("run_folder_gone", beacon.step, text)
 
 

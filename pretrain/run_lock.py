@@ -19,6 +19,7 @@ from typing import Any
 
 from data.folder_lock import LockFile, is_dead, is_local, lock_age, read_lock
 from parallel.config import ConfigError
+from pretrain.provenance import RUN_RECORD
 
 HEARTBEAT_SECONDS = 5.0
 # A holder on another machine counts as dead after so long without a heartbeat: twelve missed ones.
@@ -26,7 +27,6 @@ HEARTBEAT_SECONDS = 5.0
 STALE_SECONDS = 60.0
 
 _LOCK = "lock"
-_RUN_RECORD = "run.json"  # pretrain.provenance's
 _POLL_SECONDS = 0.2
 _NO_ID = "none"  # torchrun's --rdzv-id where none is given
 
@@ -191,7 +191,7 @@ class RunLock:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         if self._is_same_folder():
             return self._file.renew()
-        if not self._file.is_ours() and (self.run_dir / _RUN_RECORD).exists():
+        if not self._file.is_ours() and (self.run_dir / RUN_RECORD).exists():
             return False  # only a start writes it
         if not self._file.renew():
             return False

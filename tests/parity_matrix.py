@@ -34,6 +34,7 @@ if __name__ == "__main__":
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
+from launch.sweep_runner import end_with_parent
 from pretrain.layouts import Layout, one_of_each_size, pairwise_cover
 from pretrain.parity import Bounds, compare
 from tests.distributed import RankFailed
@@ -130,7 +131,9 @@ def _try_all(missing: Sequence[tuple[str, Layout]], source: str, jobs: int) -> I
     LOG.parent.mkdir(exist_ok=True)
     began = time.monotonic()
     with (
-        ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as executor,
+        ProcessPoolExecutor(
+            jobs, multiprocessing.get_context("spawn"), initializer=end_with_parent
+        ) as executor,
         LOG.open("a") as log,
     ):
         running = [executor.submit(try_layout, *case, source) for case in missing]

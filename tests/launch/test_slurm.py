@@ -278,6 +278,22 @@ def test_when_slurm_ends_the_job(answer: str, end: str, monkeypatch: pytest.Monk
     assert told.stdout == f"{end}\n"
 
 
+def test_a_checkpoint_set_aside_is_no_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What counts against cluster.max_failures: starts that left no new checkpoint."""
+    newest = "step_00000016"
+    others = ("08", "24.damaged-2", "32.taken_back", "40.partial")
+    for name in (newest, *(f"step_000000{other}" for other in others)):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    functions = BODY.read_text().partition("\nif is_finished;")[0]
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    monkeypatch.setenv("RUN_DIR", str(tmp_path))
+    command = ["/bin/bash", "-c", f"{functions}\nnewest_checkpoint"]
+    told = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert told.stdout == f"{tmp_path / 'checkpoints' / newest}\n"
+
+
 def test_shellcheck_finds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     if shutil.which("shellcheck") is None:
