@@ -22,13 +22,13 @@ WANTED := $(shell { pwd; cat pyproject.toml constraints.txt; } | cksum | cut -d'
 INSTALLED := $(VENV)/.installed-$(WANTED)
 PIP := $(RUN) -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: help setup demo test test-all test-gpu parity check format clean
+.PHONY: help setup demo test test-slow test-all test-gpu parity check format clean
 
 help:
 	@echo 'make demo      train a small multilingual model on $(NPROC) CPU ranks and report'
 	@echo '               (make demo NPROC=1 ARGS="train.train_steps=20" for less)'
 	@echo 'make test      the tests, but for the slow ones and those that need a GPU'
-	@echo 'make test-all  also the slow ones'
+	@echo 'make test-slow the slow ones, twenty minutes more; make test-all: both'
 	@echo 'make test-gpu  the ones that need a GPU'
 	@echo 'make parity    every layout up to 8 ranks against one process; an hour, goes on where'
 	@echo '               it was stopped, and writes docs/parity.md'
@@ -73,8 +73,11 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(RUN) -m pytest -n $(TEST_JOBS) --dist loadfile $(ARGS)
 
+test-slow: $(INSTALLED)
+	$(RUN) -m pytest -n $(TEST_JOBS) --dist loadfile -m 'slow and not gpu' $(ARGS)
+
 test-all: $(INSTALLED)
-	$(RUN) -m pytest -m 'not gpu' $(ARGS)
+	$(RUN) -m pytest -n $(TEST_JOBS) --dist loadfile -m 'not gpu' $(ARGS)
 
 test-gpu: $(INSTALLED)
 	$(RUN) -m pytest -m gpu $(ARGS)

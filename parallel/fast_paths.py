@@ -44,7 +44,7 @@ FAST_PATHS: dict[str, FastPath] = {
         FastPath(
             NORM,
             {**_NORMS, _TORCH: "its foreach kernels (`parallel/adam.py`)"},
-            {_TORCH: "dot products, and its foreach kernels (`parallel/adam.py`)"},
+            {_TORCH: "norms of rows, and its foreach kernels (`parallel/adam.py`)"},
         ),
         FastPath(
             WEIGHT_GRADIENTS,

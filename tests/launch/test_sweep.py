@@ -169,9 +169,6 @@ REFUSED = {
     ],
     "changes are SETTING=VALUE": ["design", "laptop", "points"],
     "error: grid.points=x: Value 'x'": ["design", "laptop", "grid.points=x"],
-    "the data has germanic, indic, romance, slavic; name": [
-        "design", "laptop", "families=[germanic,romance,slavic]"
-    ],
     "models.n30k: model.hiden_size: there is no setting model.hiden_size": [
         "design", "laptop", "models.n30k.settings.model.hiden_size=3"
     ],
@@ -181,6 +178,16 @@ REFUSED = {
     "there is no conf/model/scaling_2m.yaml": ["design", "laptop", "models.n30k.base=scaling_2m"],
     "holds no sweep.yaml": ["run", "nowhere"],
 }  # fmt: skip
+
+
+def test_families_that_are_not_those_of_the_data(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """--out: without it nothing is refused before somebody has tokenized the text."""
+    words = ["laptop", "families=[germanic,romance,slavic]", "--out", str(tmp_path / "sweep")]
+    assert sweep.main(["design", *words]) == 2
+    assert "the data has germanic, indic, romance, slavic; name" in capsys.readouterr().err
+    assert not (tmp_path / "sweep").exists()
 
 
 @pytest.mark.parametrize("words", REFUSED)

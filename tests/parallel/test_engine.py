@@ -179,9 +179,10 @@ def test_evaluation_is_the_training_loss_without_gradients() -> None:
 
 
 def test_gradient_norm_is_exact_for_large_tensors() -> None:
-    """A million elements of very different sizes, where torch's own fp32 norm is off by 3e-6."""
+    """Eight million elements of very different sizes, where torch's own fp32 norm is off by 3e-4
+    and a dot product, on some processors, by 5e-5."""
     torch.manual_seed(0)
-    large = torch.randn(8192, 128) * torch.linspace(0, 1, 8192)[:, None] ** 8
+    large = torch.randn(8192, 1024) * torch.linspace(0, 1, 8192)[:, None] ** 8
     small = torch.randn(7).bfloat16()
     expected = (large.double().square().sum() + small.double().square().sum()).sqrt()
     found, _ = adam._l2_norm(0, None, [[large, small]], False)
