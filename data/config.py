@@ -124,7 +124,7 @@ class RatioRule:
             if max_epochs is None:
                 found.append(
                     "data.mixture.max_epochs=null: weighting=unimax needs the most passes over a "
-                    "language, such as 4"
+                    "language; use data.mixture.max_epochs=4"
                 )
         shares = self.within_family is WithinFamily.shares
         if shares != bool(self.language_shares):
@@ -136,8 +136,11 @@ class RatioRule:
 
 
 def _not_positive(setting: str, values: Mapping[str, float]) -> list[str]:
-    bad = {name: v for name, v in values.items() if not (math.isfinite(v) and v > 0)}
-    return [f"{setting}: {bad} must be finite numbers above 0"] if bad else []
+    return [
+        f"{setting}.{name}={value} must be a finite number above 0"
+        for name, value in values.items()
+        if not (math.isfinite(value) and value > 0)
+    ]
 
 
 @dataclass(kw_only=True)
@@ -164,7 +167,10 @@ class MixtureConfig(RatioRule):
     def __post_init__(self) -> None:
         found = self.problems("data.mixture", self.max_epochs)
         if self.max_epochs is not None:
-            found += _not_positive("data.mixture", {"max_epochs": self.max_epochs})
+            broken = _not_positive("data.mixture", {"max_epochs": self.max_epochs})
+            found += [
+                f"{text}, or null for no limit; use data.mixture.max_epochs=4" for text in broken
+            ]
         found += _not_positive("data.mixture.language_max_epochs", self.language_max_epochs)
         end = 0
         for number, stage in enumerate(self.stages):

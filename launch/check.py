@@ -39,6 +39,7 @@ from launch.check_plausibility import check_plausibility
 from launch.check_report import Report, as_json, describe
 from launch.check_scale import check_scale
 from launch.check_slurm import check_job, check_time
+from launch.cluster_origins import cluster_origins, job_origins
 from launch.command_line import add_config_dir, parse_words, words_parser
 from launch.composition import (
     Composition,
@@ -164,6 +165,9 @@ def check(
     name = config.model.name if config else None
     report = Report(planned.processes, planned.how_many, name, words, findings.all)
     report.origins = list(composed.origins.values())
+    options = ["nodes"] if machines.nodes is not None else []
+    report.origins += job_origins(words, planned.nodes, options, wish.chain)
+    report.origins += cluster_origins(cluster, wish) if cluster is not None else []
     report.seconds = time.perf_counter() - began
     return report
 

@@ -27,14 +27,15 @@ def add_config_dir(parser: argparse.ArgumentParser) -> None:
 
 
 def parse_words(
-    parser: argparse.ArgumentParser, arguments: Sequence[str] | None
+    parser: argparse.ArgumentParser, arguments: Sequence[str] | None, *, job: bool = True
 ) -> tuple[argparse.Namespace, list[str]]:
     """What is on a command line, and what is wrong with options that the parser has not.
 
-    Those of other frameworks are among its words as ours, where it is plain which are meant.
+    Those of other frameworks are among its words as ours, where it is plain which are meant. job:
+    the command takes words of SLURM jobs.
     """
     options = options_of(parser)
-    words, problems = with_words(sys.argv[1:] if arguments is None else arguments, options)
+    words, problems = with_words(sys.argv[1:] if arguments is None else arguments, options, job=job)
     return parser.parse_intermixed_args(words), problems
 
 

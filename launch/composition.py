@@ -95,6 +95,7 @@ def compose_what_fits(words: Sequence[str], hidden: Sequence[str] = ()) -> Compo
                 made.refused.append(culprit)
                 place = made.words.index(culprit)
                 made.words[place : place + 1] = _corrected(culprit, told[0])
+    made.problems += made.of_files.problems
     with open_dict(cfg):
         hydra = cfg.pop("hydra")
     made.cfg = cfg

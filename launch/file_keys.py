@@ -6,10 +6,13 @@ Hydra stops at the first. Imports neither torch nor megatron-core.
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from hydra._internal.config_repository import ConfigRepository
 from omegaconf import DictConfig, OmegaConf
+
+from launch.file_entries import take_out_slips, take_out_switches
 
 # GROUP/NAME of a file and the full name of a setting, as Hydra names them
 Key = tuple[str, str]
@@ -21,6 +24,7 @@ class LeftOut:
     def __init__(self) -> None:
         self._wanted: set[Key] = set()
         self._found: set[Key] = set()
+        self.problems: list[str] = []  # that Hydra would pass, or tell one by one
 
     @property
     def settings(self) -> list[str]:
@@ -33,6 +37,13 @@ class LeftOut:
         """Whether leaving it out may change anything: it has not been tried."""
         return key not in self._wanted
 
+    def _take_out(self, config: Any, name: str, folder: str) -> None:
+        path = Path(folder.removeprefix("file://"), f"{name}.yaml")
+        told = take_out_slips(config, name, path) | take_out_switches(config, name, path)
+        for setting, slips in told.items():
+            self._found.add((name, setting))
+            self.problems += [slip for slip in slips if slip not in self.problems]
+
     @contextmanager
     def left_out(self) -> Iterator[None]:
         """While this lasts."""
@@ -44,6 +55,8 @@ class LeftOut:
             for key in self._wanted:
                 if result is not None and key[0] == name and _drop(result.config, key[1]):
                     self._found.add(key)
+            if result is not None and result.path.startswith("file://"):
+                self._take_out(result.config, name, result.path)
             return result
 
         setattr(ConfigRepository, "load_config", load_config)  # noqa: B010

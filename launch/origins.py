@@ -147,11 +147,12 @@ def _with_mixture(files: list[_File], words: Sequence[str]) -> list[_File]:
             _File(f.shown, {k: v for k, v in f.values.items() if not k.startswith(prefix)})
             for f in files
         ]
-        return [*kept, _File(_shown(path), _flat(read_mixture_file(path), prefix))]
+        return [*kept, _File(shown(path), _flat(read_mixture_file(path), prefix))]
     return files
 
 
-def _shown(path: Path) -> str:
+def shown(path: Path) -> str:
+    """A file as reports name it: conf/GROUP/NAME.yaml, or the path of one of the user's."""
     return f"conf/{path.relative_to(CONF)}" if path.is_relative_to(CONF) else str(path)
 
 
@@ -173,7 +174,7 @@ def _read(folders: Iterable[Path], group: str, name: str) -> list[_File]:
     prefix = group.replace("/", ".") + "."
     if package is not None:
         prefix = "" if package[1] == "_global_" else package[1].replace("_group_", group) + "."
-    return [*files, _File(_shown(path), _flat(content, prefix))]
+    return [*files, _File(shown(path), _flat(content, prefix))]
 
 
 def _flat(content: dict[str, Any], prefix: str) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from parallel.config import ConfigError
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = words_parser("python -m launch.plan", __doc__)
     add_output_arguments(parser)
-    given, problems = parse_words(parser, arguments)
+    given, problems = parse_words(parser, arguments, job=False)
 
     def command() -> int:
         if problems:

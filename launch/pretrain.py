@@ -113,7 +113,7 @@ def main() -> None:
     register()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra passes errors on instead of wording them itself
     try:
-        sys.argv[1:], problems = with_words(sys.argv[1:], HYDRAS_OPTIONS)
+        sys.argv[1:], problems = with_words(sys.argv[1:], HYDRAS_OPTIONS, job=False)
         problems += nameless_choices(sys.argv[1:]).values()
         if problems:
             raise ConfigError(*problems)

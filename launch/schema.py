@@ -30,6 +30,7 @@ from launch.findings import accused, naming
 from launch.mixture_file import WORD, with_mixture_files
 from launch.near_names import advice_on, closest
 from launch.units import number_meant
+from launch.values_that_work import with_values
 from models.config import ModelConfig
 from models.parameter_count import parameter_count
 from parallel.config import ConfigError
@@ -111,7 +112,7 @@ def build(
     else:
         problems += [f"{key} has no value" for key in sorted(OmegaConf.missing_keys(cfg.model))]
     config, found = _build(PretrainConfig, cfg, overrides)
-    return config, problems + found
+    return config, problems + with_values(found, cfg)
 
 
 def broken_rules_across_rooms(
@@ -341,6 +342,10 @@ def _no_such_setting(key: str, overrides: Sequence[str], cls: type | None = None
     typed_as = {group: f"+{group}" if group in ADDED else group for group in groups()}
     names = [*settings(), *typed_as] if "." not in name else list(settings())
     near, advice = advice_on(name, value, names)
+    group = name.rpartition(".")[0]
+    if not near and not advice and typed.startswith(f"{group}={{") and group in groups():
+        there = _files_of(group)
+        advice = f"{group}=NAME chooses a file of conf/{group}: {', '.join(there)}" if there else ""
     if near:
         advice = f"did you mean {' or '.join(typed_as.get(one, one) for one in near)}?"
     return f"{typed}: there is no setting {name}; {advice or ALL_THERE_ARE}"

@@ -37,7 +37,7 @@ def cluster_that_fits(name: str | None, settings: Sequence[str]) -> tuple[Cluste
 
     Raises ConfigError where the site itself cannot be had.
     """
-    values, of_file = _values_that_fit(name, _site(name))
+    values, of_file = values_that_fit(name, site_file(name))
     try:
         cluster = _changed(name, values, [])
     except ConfigError as error:
@@ -62,7 +62,7 @@ def cluster_that_fits(name: str | None, settings: Sequence[str]) -> tuple[Cluste
     return cluster, of_file
 
 
-def _values_that_fit(name: str | None, path: Path) -> tuple[DictConfig, list[str]]:
+def values_that_fit(name: str | None, path: Path) -> tuple[DictConfig, list[str]]:
     """What a site's file says, without the entries that no setting takes, and what is wrong with
     those. Raises ConfigError where the file holds no settings."""
     try:
@@ -91,7 +91,7 @@ def _changed(name: str | None, values: DictConfig, settings: Sequence[str]) -> C
     schema = OmegaConf.structured(ClusterConfig)
     known = [str(key) for key in schema]
     try:
-        changes = OmegaConf.from_dotlist([_as_text(word) for word in settings])
+        changes = OmegaConf.from_dotlist([as_text(word) for word in settings])
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"cluster={name}: {' '.join(str(error).split())}") from None
     unknown = [_unknown(word, "cluster.", known) for word in settings if _key(word) not in known]
@@ -117,7 +117,7 @@ def _does_not_fit(error: OmegaConfBaseException, settings: Sequence[str]) -> str
     return f"cluster.{typed} must be {rule_of(annotation)[0]}"
 
 
-def _as_text(word: str) -> str:
+def as_text(word: str) -> str:
     """A word whose value is text whatever it looks like; YAML reads 12:00:00 as 43200, off as no.
 
     In quotes, then, where it is not yet.
@@ -130,7 +130,8 @@ def _as_text(word: str) -> str:
     return f"{name}={json.dumps(value, ensure_ascii=False)}"  # what JSON quotes, YAML reads
 
 
-def _site(name: str | None) -> Path:
+def site_file(name: str | None) -> Path:
+    """The file of cluster=NAME. Raises ConfigError where there is none."""
     there = sorted(path.stem for path in SITES.glob("*.yaml"))
     shipped = f"There are {', '.join(there)}; or give the path of a file of your own, as mine.yaml"
     if not name:

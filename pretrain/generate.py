@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,13 +27,7 @@ from parallel.engine import checkpoint_metadata
 from parallel.inference import last_token_logits
 from parallel.megatron import MegatronModule
 from parallel.runtime import Runtime, initialize, shutdown
-from pretrain.checkpoint_list import (
-    DamagedCheckpointError,
-    check_content,
-    find_checkpoint,
-    refuse_damaged,
-    settings_file,
-)
+from pretrain.checkpoint_list import check_content, find_checkpoint, settings_file
 from pretrain.config import PretrainConfig
 
 
@@ -143,8 +139,8 @@ def generate(
         FileNotFoundError: no complete checkpoint, or no settings of a run beside it.
         ValueError: a prompt and its continuation exceed the model's `max_position_embeddings`, or
             the tokenizer is not known, or not the model's.
-        DamagedCheckpointError: the checkpoint is not what its manifest says, of which rank 0 reads
-            the tensors; where there is none it warns on stderr.
+        DamagedCheckpointError: the checkpoint is not what its manifest says, found before any
+            process group exists; where there is no manifest rank 0 warns on stderr.
         CheckpointError: it cannot be read, or loading it could run a program.
     """
     checkpoint, config = open_checkpoint(path)
@@ -161,9 +157,12 @@ def generate(
             f"the prompt and --max-new-tokens={sampling.max_new_tokens} make {longest} tokens, "
             f"more than model.max_position_embeddings={model.max_position_embeddings}"
         )
+    # Every rank reads all of it, side by side through their host's page cache. Before there is a
+    # process group: in a collective the others would wait no longer than its timeout.
+    unknown = check_content(checkpoint)
+    if unknown and os.environ.get("RANK", "0") == "0":
+        print(f"warning: {unknown}", file=sys.stderr)
     runtime = initialize(parallel, sampling.seed)
-    if damage := checkpoint_io.on_rank_zero(lambda: _damage(checkpoint), f"read {checkpoint}"):
-        raise DamagedCheckpointError(damage)
     chunks = load_model(model, parallel, runtime, checkpoint)
     texts = [
         tokenizer.decode(_continue(chunks, prompt, model, runtime, sampling, tokenizer.eod_id))
@@ -171,14 +170,6 @@ def generate(
     ]
     shutdown(runtime)
     return texts
-
-
-def _damage(checkpoint: Path) -> str:
-    try:
-        refuse_damaged(checkpoint)
-    except DamagedCheckpointError as error:
-        return str(error)
-    return ""
 
 
 def load_model(

@@ -19,7 +19,7 @@ from models.config import (
 from models.moe_config import BalanceScope, MoEConfig, RouterType, ScoreFunction
 from parallel.config import RecomputeGranularity, SubLayerNormReduction
 from pretrain.layouts import Layout, each_value_once, pairwise_cover
-from pretrain.parity import Bounds, compare, table
+from pretrain.parity import compare, table
 from tests.parity import (
     MODEL,
     MODELS,
@@ -88,14 +88,18 @@ def test_model_variant_equals_one_process(name: str) -> None:
     assert_same(result, reference(model))
 
 
-EXPERTS = MoEConfig(num_experts=4)
+# In a router's space of two dimensions some token is so short that rounding shows, on one processor
+# more than on another.
+EXPERTS = MoEConfig(num_experts=4, router_dim=8)
 SPARSE_VARIANTS = {
     "the paper's placement": variant(
         layer_norm_placement=LayerNormPlacement.pre_ln,
         moe=replace(EXPERTS, sparse_after_layer=2, stacked_sublayers=2),
     ),
     "stacked with sub-LN": variant(moe=replace(EXPERTS, sparse_after_layer=3, stacked_sublayers=2)),
-    "aux-free, top-2": variant(moe=replace(EXPERTS, router=RouterType.aux_free, router_topk=2)),
+    "aux-free, top-2": variant(
+        moe=MoEConfig(num_experts=4, router=RouterType.aux_free, router_topk=2)
+    ),
     "sigmoid gate, balance by sequence": variant(
         moe=replace(
             EXPERTS,
@@ -106,7 +110,7 @@ SPARSE_VARIANTS = {
     "switch, swiglu, rms": variant(
         normalization=Normalization.rms_norm,
         activation=Activation.swiglu,
-        moe=replace(EXPERTS, router=RouterType.linear, layer_freq=1),
+        moe=MoEConfig(num_experts=4, router=RouterType.linear, layer_freq=1),
     ),
     "frozen routing": variant(moe=replace(EXPERTS, freeze_routing=True)),
     "deepnorm": variant(layer_norm_placement=LayerNormPlacement.deepnorm, moe=EXPERTS),
@@ -118,10 +122,7 @@ def test_sparse_variant_equals_one_process(name: str) -> None:
     model = SPARSE_VARIANTS[name]
     parallel = layout(tp=2, pp=2, sp=True, expert_model_parallel_size=2)
     result = train(parallel, model, world_size=4)
-    # These rounding errors are a little larger than those of the models the bounds were made for: a
-    # temperature of 0.07 magnifies them four times, and frozen weights leave smaller norms.
-    differences = compare(result, reference(model), Bounds(gradients=2e-5, grad_norms=5e-6))
-    assert all(row.ok for row in differences), table(differences)
+    assert_same(result, reference(model))
 
 
 @pytest.mark.parametrize(("name", "size"), [("balance", 2), ("frozen", 4)])

@@ -44,7 +44,7 @@ def test_data_settings_are_checked(settings: dict, words: str) -> None:
             r"data.mixture.ratios sum to 0.9, 0.1 too little.*data.mixture.normalize=true",
         ),
         ({"weighting": Weighting.scaling_law}, "needs data.mixture.gamma"),
-        ({"weighting": Weighting.scaling_law, "gamma": {"a": 0.0}}, "gamma: {'a': 0.0} must be"),
+        ({"weighting": Weighting.scaling_law, "gamma": {"a": 0.0}}, "gamma.a=0.0 must be"),
         ({"gamma": {"a": 0.1}}, "set data.mixture.weighting=scaling_law or remove"),
         ({"losses": {"a": 0.1}}, "set data.mixture.weighting=scaling_law or remove"),
         ({"budget": 10.0}, "set data.mixture.weighting=unimax or remove"),
@@ -61,8 +61,8 @@ def test_data_settings_are_checked(settings: dict, words: str) -> None:
         ),
         ({"within_family": WithinFamily.shares}, "shares need both"),
         ({"language_shares": {"de": 1.0}}, "shares need both"),
-        ({"max_epochs": 0.0}, "data.mixture: {'max_epochs': 0.0} must be"),
-        ({"language_max_epochs": {"de": -1.0}}, "language_max_epochs: {'de': -1.0} must be"),
+        ({"max_epochs": 0.0}, "data.mixture.max_epochs=0.0 must be"),
+        ({"language_max_epochs": {"de": -1.0}}, "language_max_epochs.de=-1.0 must be"),
         ({"stages": [MixtureStage()]}, r"stages\[0\].from_tokens=0: must come after"),
         (
             {

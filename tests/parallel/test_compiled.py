@@ -1,7 +1,12 @@
 """Compiled chains give what the operations one by one give; where one rank cannot, none does."""
 
+import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +15,7 @@ from torch import Tensor
 
 from models.config import Activation, Normalization
 from models.feed_forward import gelu, swiglu
-from parallel.compiled import compiles
+from parallel.compiled import _first_line, compiles
 from parallel.config import CompileElementwise, ConfigError, ParallelConfig
 from parallel.norm import normalize
 from parallel.runtime import initialize
@@ -39,6 +44,66 @@ def with_no_compiler_on(broken: list[int], wanted: CompileElementwise) -> tuple[
         inductor.cpp.cxx, inductor.force_disable_caches = before, False
 
 
+def with_a_compiler_that_cannot_bf16(folder: Path) -> str:
+    """What `compiles` answers where no C++ with bfloat16 compiles; in a rank's process."""
+    import torch._inductor.config as inductor
+
+    runtime = initialize(ParallelConfig(), seed=1)
+    before = inductor.cpp.cxx
+    compiler = folder / "g++"
+    refuse = "grep -qs 'BFloat16[*] in_ptr' -- \"$@\" && exit 1"
+    compiler.write_text(f'#!/bin/sh\n{refuse}\nexec g++ "$@"\n')
+    compiler.chmod(0o755)
+    inductor.cpp.cxx = (None, str(compiler))
+    inductor.force_disable_caches = True
+    try:
+        return compiles(CompileElementwise.always, runtime)[1]
+    except ConfigError as error:
+        return str(error)
+    finally:
+        inductor.cpp.cxx, inductor.force_disable_caches = before, False
+
+
+@pytest.mark.slow
+def test_a_compiler_that_cannot_bf16_is_found(tmp_path: Path) -> None:
+    (said,) = run_on_gloo(1, with_a_compiler_that_cannot_bf16, tmp_path, timeout=180)
+    assert said.startswith("parallel.compile_elementwise=always: torch.compile does not work")
+
+
+def with_triton_on_rank_zero(wanted: CompileElementwise) -> tuple[bool, str]:
+    """What `compiles` answers where one rank only has Triton, and no rank a GPU that works."""
+    # on no rank: parallel.cpu_bridge, once an earlier test has put it there, gives a CPU for "cuda"
+    broken: Any = SimpleNamespace(type="cuda")
+    runtime = replace(initialize(ParallelConfig(), seed=1), device=broken)
+    here = ModuleType("triton")
+    here.__spec__ = ModuleSpec("triton", None)
+    before = sys.modules.get("triton")
+    sys.modules["triton"] = here if runtime.rank == 0 else None  # type: ignore[assignment]
+    try:
+        return compiles(wanted, runtime)
+    except ConfigError as error:
+        return False, str(error)
+    finally:
+        del sys.modules["triton"]
+        if before is not None:
+            sys.modules["triton"] = before
+
+
+@pytest.mark.parametrize("wanted", [CompileElementwise.auto, ALWAYS])
+def test_where_a_rank_has_no_triton_every_rank_is_told_alike(wanted: CompileElementwise) -> None:
+    answers = run_on_gloo(2, with_triton_on_rank_zero, wanted, timeout=60)
+    assert answers[0] == answers[1]
+    assert not answers[0][0] and "torch.compile does not work here (rank 0: " in answers[0][1]
+    refused = answers[0][1].startswith("parallel.compile_elementwise=always: ")
+    assert refused == (wanted is ALWAYS)
+
+
+def test_an_error_without_a_message_has_a_line_too() -> None:
+    assert _first_line(RuntimeError()) == _first_line(RuntimeError(" \n")) == "no message"
+    assert _first_line(RuntimeError("\nthe compiler\nis gone")) == "the compiler"
+
+
+@pytest.mark.slow  # loads a compiler; the decision of all ranks is shown by those without Triton
 def test_where_a_rank_cannot_compile_every_rank_is_told_alike() -> None:
     answers = run_on_gloo(2, with_no_compiler_on, [1], ALWAYS, timeout=180)
     assert answers[0] == answers[1]

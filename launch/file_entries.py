@@ -1,0 +1,114 @@
+"""Entries of lists in YAML files, such as stages of a mixture, without the keys that do not fit.
+
+Imports neither torch nor megatron-core.
+"""
+
+import dataclasses
+import typing
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, Node, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from launch.near_names import closest
+from launch.schema import rule_of, settings
+from launch.yaml_lines import lines_of
+
+
+def take_out_slips(config: Any, file: str, path: Path) -> dict[str, list[str]]:
+    """Takes keys that do not fit out of the entries of all lists of `config`, which is `file`
+    (GROUP/NAME) at `path`; what is wrong with each, by the setting that is the list."""
+    told: dict[str, list[str]] = {}
+    for setting, cls in _lists().items():
+        where = _place_of(config, setting)
+        entries = OmegaConf.select(config, where) if where else None
+        for number, entry in enumerate(entries) if isinstance(entries, ListConfig) else ():
+            for key in map(str, entry) if isinstance(entry, DictConfig) else ():
+                rule = _broken(cls, key, entry)
+                if rule is None:
+                    continue
+                line = lines_of(path.read_text("utf-8")).get(f"{where}[{number}].{key}")
+                place = f"{file}.yaml line {line}: {setting}[{number}].{key}"
+                told.setdefault(setting, []).append(f"{place}{rule}")
+    for setting, cls in _lists().items() if told else ():
+        if setting not in told:
+            continue
+        for entry in OmegaConf.select(config, _place_of(config, setting)):
+            for key in [key for key in map(str, entry) if _broken(cls, key, entry)]:
+                del entry[key]
+    return told
+
+
+def take_out_switches(config: Any, file: str, path: Path) -> dict[str, list[str]]:
+    """As `take_out_slips`, of on, off, yes and no where text belongs, as in run_dir: off: YAML
+    takes them for true and false, which OmegaConf makes the texts True and False."""
+    told: dict[str, list[str]] = {}
+    group = file.rpartition("/")[0].replace("/", ".")
+
+    def look(node: DictConfig, above: str) -> None:
+        for key in list(map(str, node)):
+            name, value = f"{above}{key}", node._get_node(key)
+            if isinstance(value, DictConfig):
+                look(value, f"{name}.")
+            elif isinstance(value, Node) and isinstance(value._value(), bool):
+                setting = next((s for s in (name, f"{group}.{name}") if s in settings()), None)
+                if setting is None or not _is_text(settings()[setting]):
+                    continue
+                line = lines_of(path.read_text("utf-8")).get(name)
+                word = "on, yes or true" if value._value() else "off, no or false"
+                told[setting] = [
+                    f"{file}.yaml line {line}: {setting} must be text; YAML reads {word} without "
+                    "quotes as true or false, so write the text in quotes"
+                ]
+                del node[key]
+
+    if isinstance(config, DictConfig):
+        look(config, "")
+    return told
+
+
+def _is_text(annotation: Any) -> bool:
+    if typing.get_origin(annotation) in (list, dict):
+        return False
+    return str in (annotation, *typing.get_args(annotation))
+
+
+def _lists() -> dict[str, type]:
+    """The settings that are lists of dataclasses, and of which."""
+    found = {}
+    for setting, annotation in settings().items():
+        cls = next(iter(typing.get_args(annotation)), None)
+        if typing.get_origin(annotation) is list and dataclasses.is_dataclass(cls):
+            found[setting] = typing.cast(type, cls)
+    return found
+
+
+def _place_of(config: Any, setting: str) -> str:
+    """What a file calls the setting: stages, in one of data/mixture; "" where it has it not."""
+    parts = setting.split(".")
+    names = [".".join(parts[first:]) for first in range(len(parts))]
+    return next((name for name in names if _has(config, name)), "")
+
+
+def _has(config: Any, name: str) -> bool:
+    above, _, last = name.rpartition(".")
+    node = OmegaConf.select(config, above) if above else config
+    return isinstance(node, DictConfig) and last in node
+
+
+def _broken(cls: type, key: str, entry: DictConfig) -> str | None:
+    """The rule that the value of `key` breaks, as the end of a sentence; None for none."""
+    names = [field.name for field in dataclasses.fields(cls)]
+    if key not in names:
+        meant = closest(key, names)
+        hint = (
+            f"; did you mean {' or '.join(meant)}?" if meant else f"; there are {', '.join(names)}"
+        )
+        return f": there is no such setting in an entry of this list{hint}"
+    value = entry._get_node(key)
+    try:
+        OmegaConf.merge(OmegaConf.structured(cls), {key: value})
+    except OmegaConfBaseException:
+        return f"={value} must be {rule_of(typing.get_type_hints(cls)[key])[0]}"
+    return None

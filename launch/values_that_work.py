@@ -1,0 +1,31 @@
+"""What the settings' own classes say, with values that only the whole of the settings tells.
+
+A class of the room data/ does not know the steps of the run. Imports neither torch nor
+megatron-core.
+"""
+
+import re
+from collections.abc import Sequence
+
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+_BUDGET = re.compile(r"(data\.mixture\S*)\.budget=\S+: weighting=unimax needs")
+
+
+def with_values(problems: Sequence[str], cfg: DictConfig) -> list[str]:
+    """The problems, one or several lines each, with a budget for UniMax."""
+    return ["\n".join(_with_budget(line, cfg) for line in one.split("\n")) for one in problems]
+
+
+def _with_budget(line: str, cfg: DictConfig) -> str:
+    found = _BUDGET.match(line)
+    if not found:
+        return line
+    try:
+        length = cfg.data.seq_length or cfg.model.max_position_embeddings
+        tokens = cfg.train.train_steps * cfg.train.global_batch_size * length
+    except (OmegaConfBaseException, TypeError):  # no model is chosen
+        return line
+    in_tokens = tokens > 0 and cfg.data.mixture.unit.name == "tokens"
+    return f"{line}; use {found[1]}.budget={tokens}" if in_tokens else line

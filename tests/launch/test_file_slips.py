@@ -1,0 +1,112 @@
+"""Slips that a file of settings may hold, and words with a space where a = belongs."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from launch.check import check
+from launch.foreign_flags import with_words
+
+MODEL = "+model=magneto_tiny"
+
+
+def errors(words: list[str], config_dir: Path | None = None) -> list[str]:
+    report = check(words, config_dir=str(config_dir) if config_dir else None)
+    return [one.text for one in report.of("error")]
+
+
+def write(folder: Path, text: str) -> Path:
+    (folder / "experiment").mkdir()
+    (folder / "experiment" / "mine.yaml").write_text(f"# @package _global_\n{text}")
+    return folder
+
+
+def test_slips_in_entries_of_a_list(tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        "data:\n  mixture:\n    stages:\n"
+        "    - {from_tokens: 1000, weightin: ratios}\n"
+        "    - from_tokens: 2000\n      ramp_tokens: many\n"
+        "      ratios: {slavic: x}\n"
+        "train:\n  train_steps: 7\n  train_stps: 3\n",
+    )
+    report = check([MODEL, "+experiment=mine"], config_dir=str(tmp_path))
+    told = [one.text for one in report.of("error")]
+    stages = "experiment/mine.yaml line {}: data.mixture.stages[{}]."
+    for text in (
+        stages.format(5, 0) + "weightin: there is no such setting in an entry of this list; did "
+        "you mean weighting?",
+        stages.format(7, 1) + "ramp_tokens=many must be a whole number",
+        stages.format(8, 1) + "ratios={'slavic': 'x'} must be a table of numbers, as in {a:1,b:2}",
+    ):
+        assert text in told, told
+    assert [text for text in told if "train.train_stps" in text]
+    assert len(told) == 4, told
+    values = {one.setting: one.value for one in report.origins}
+    assert values["train.train_steps"] == 7
+    assert [stage["from_tokens"] for stage in values["data.mixture.stages"]] == [1000, 2000]
+
+
+def test_a_switch_where_text_belongs(tmp_path: Path) -> None:
+    write(tmp_path, "run_dir: off\nwandb: {project: yes, tags: [a]}\ntrain: {train_steps: 7}\n")
+    told = errors([MODEL, "+experiment=mine"], tmp_path)
+    assert told == [
+        f"experiment/mine.yaml line {line}: {setting} must be text; YAML reads {word} without "
+        "quotes as true or false, so write the text in quotes"
+        for line, setting, word in (
+            (2, "run_dir", "off, no or false"),
+            (3, "wandb.project", "on, yes or true"),
+        )
+    ]
+
+
+UNIMAX_NEEDS = ("data.mixture.budget", "data.mixture.max_epochs")
+
+
+@pytest.mark.parametrize("budget", [None, "0", "-5"])
+def test_a_budget_that_works(budget: str | None) -> None:
+    words = [MODEL, "data.mixture.weighting=unimax"]
+    given = [] if budget is None else [f"data.mixture.budget={budget}"]
+    (told,) = errors([*words, *given])  # and max_epochs, in a line of its own
+    values = [re.search(rf"^{name}=.*; use ({name}=\d+)$", told, re.M) for name in UNIMAX_NEEDS]
+    assert all(values), told
+    report = check([*words, *(value[1] for value in values if value)])
+    assert not report.of("error"), report.of("error")
+    assert not [one for one in report.of("warning") if "budget" in one.text]
+
+
+@pytest.mark.parametrize("word", ["data.mixture.max_epochs=0", "data.mixture={max_epochs: 0.0}"])
+def test_one_setting_is_named_as_it_is_typed(word: str) -> None:
+    (told,) = errors([MODEL, word])
+    assert told.startswith("data.mixture.max_epochs=0.0 must be a finite number above 0"), told
+    assert not errors([MODEL, told.rpartition("use ")[2]])
+
+
+def test_a_table_where_a_file_belongs() -> None:
+    (told,) = errors([MODEL, "parallel={a:1}"])
+    assert "parallel=NAME chooses a file of conf/parallel: cp2, " in told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "job", "words", "says"),
+    [
+        (["nodes", "4"], True, ["nodes=4"], "nodes 4: settings are one word; write nodes=4"),
+        (["model", "tiny"], True, ["+model=tiny"], "write +model=tiny"),
+        (["foo", "4"], True, [], "foo 4: settings are one word, SETTING=VALUE; did you mean nodes"),
+        (["nodes", "4"], False, [], "torchrun's --nnodes says how many"),
+        (["--nodes", "4"], False, [], "torchrun's --nnodes says how many"),
+        (["--cluster", "lab"], False, [], "is a word for python -m launch.slurm"),
+        (["--nodes", "4"], True, ["nodes=4"], "write nodes=4"),
+    ],
+)
+def test_two_words_that_are_one(
+    arguments: list[str], job: bool, words: list[str], says: str
+) -> None:
+    made, (told,) = with_words(arguments, [], job=job)
+    assert made == words
+    assert says in told
+
+
+def test_the_value_of_an_option_is_no_name() -> None:
+    assert with_words(["--device", "cpu", "x"], ["--device"]) == (["--device", "cpu", "x"], [])
