@@ -289,15 +289,21 @@ def read_ahead(folder: Path) -> None:
 
     def fetch() -> None:
         with suppress(OSError):
+            for path in folder.iterdir():  # first what the ranks agree by: it must not queue up
+                if not path.name.endswith(TENSORS_SUFFIX):
+                    _will_need(path, 0, 0)
             names = sorted(_share_of(rank, size, folder))
             for begin in range(0, _AHEAD_BYTES // max(1, len(names)), _AHEAD_STEP_BYTES):
                 for name in names:  # side by side, as the loader's threads read them
-                    with open(folder / name, "rb", buffering=0) as file:
-                        os.posix_fadvise(
-                            file.fileno(), begin, _AHEAD_STEP_BYTES, os.POSIX_FADV_WILLNEED
-                        )
+                    _will_need(folder / name, begin, _AHEAD_STEP_BYTES)
 
     threading.Thread(target=fetch, name="read ahead", daemon=True).start()
+
+
+def _will_need(path: Path, begin: int, count: int) -> None:
+    """count: bytes; 0: up to the end."""
+    with open(path, "rb", buffering=0) as file:
+        os.posix_fadvise(file.fileno(), begin, count, os.POSIX_FADV_WILLNEED)
 
 
 class DamageSearch:

@@ -379,7 +379,9 @@ def test_a_start_over_a_record_without_checkpoints_keeps_it_and_says_so(
     assert event["kind"] == "started_anew" and "metrics.1.jsonl" in event["text"]
 
 
-def test_ratios_change_on_the_way_and_the_data_may_end(start: Start, tmp_path: Path) -> None:
+def test_ratios_change_on_the_way_and_the_data_may_end(
+    start: Start, environment: dict[str, str], tmp_path: Path
+) -> None:
     """A stage from sample 8 on; then a language is used up, which ends the run before its steps."""
     said = finish(
         start(
@@ -400,5 +402,6 @@ def test_ratios_change_on_the_way_and_the_data_may_end(start: Start, tmp_path: P
     assert (change["event"], change["step"], change["from_sample"]) == ("ratios", 3, 8)
     assert change["shares"] == pytest.approx(dict.fromkeys(["de", "hi", "zh"], 1 / 3))
     replay = [sys.executable, "-m", "data.replay", str(run_dir), "--step", last]
-    shown = subprocess.run(replay, cwd=ROOT, capture_output=True, text=True)
+    env = os.environ | environment  # the run's token stores
+    shown = subprocess.run(replay, cwd=ROOT, env=env, capture_output=True, text=True)
     assert shown.stdout.startswith(f"step {last} of ") and "chromium/" in shown.stdout
