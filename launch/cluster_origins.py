@@ -12,20 +12,20 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from launch.config import ClusterConfig
-from launch.origins import COMMAND_LINE, DEFAULT, Origin, name_of, shown
+from launch.origins import COMMAND_LINE, DEFAULT, Origin, shown
 from launch.site_settings import as_text, site_file, values_that_fit
 from launch.slurm import Wish
-from launch.yaml_lines import lines_of
+from launch.yaml_lines import in_file
 
 # what is changed one by one, by cluster.environment.NAME=VALUE
 _TABLE = "environment"
+OF_OPTIONS = "--processes and --gpus-per-node"
 
 
 def cluster_origins(cluster: ClusterConfig, wish: Wish) -> list[Origin]:
     """Of each setting of the site, which `wish` chose and changed. A file's have the line."""
     path = site_file(wish.cluster)
     values = values_that_fit(wish.cluster, path)[0]
-    lines = lines_of(path.read_text(encoding="utf-8"))
     default = ClusterConfig()
     found = [Origin("cluster", wish.cluster, COMMAND_LINE, True)]
     for field in dataclasses.fields(ClusterConfig):
@@ -36,7 +36,7 @@ def cluster_origins(cluster: ClusterConfig, wish: Wish) -> list[Origin]:
         for key, (entry, without) in entries.items():
             source = DEFAULT
             if OmegaConf.select(values, key, default=_NOWHERE) is not _NOWHERE:
-                source = f"{shown(path)} line {lines[key]}"
+                source = in_file(shown(path), path, key)
             if any(_gave(word, key, entry) for word in wish.settings):
                 source = COMMAND_LINE
             found.append(Origin(f"cluster.{key}", entry, source, entry != without))
@@ -46,12 +46,17 @@ def cluster_origins(cluster: ClusterConfig, wish: Wish) -> list[Origin]:
 def job_origins(
     words: Sequence[str], nodes: int | None, options: Sequence[str], chain: int
 ) -> list[Origin]:
-    """Of the numbers of nodes and jobs; options: those on the command line besides `words`."""
-    typed = {*map(name_of, words), *options}
-    return [
-        Origin(name, value, COMMAND_LINE if name in typed else DEFAULT, value != 1)
-        for name, value in (("nodes", nodes or 1), ("chain", chain))
-    ]
+    """Of the numbers of nodes (None: nobody said) and jobs; options: those on the command line
+    besides `words`. A word that was refused is not where a value comes from."""
+    found = []
+    for name, value in (("nodes", nodes), ("chain", chain)):
+        if value is None:
+            continue
+        source = DEFAULT if value == 1 else OF_OPTIONS
+        if f"{name}={value}" in words or name in options:
+            source = COMMAND_LINE
+        found.append(Origin(name, value, source, value != 1))
+    return found
 
 
 _NOWHERE = object()

@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from launch.near_names import closest
 from launch.schema import rule_of, settings
-from launch.yaml_lines import lines_of
+from launch.yaml_lines import in_file
 
 
 def take_out_slips(config: Any, file: str, path: Path) -> dict[str, list[str]]:
@@ -28,21 +28,23 @@ def take_out_slips(config: Any, file: str, path: Path) -> dict[str, list[str]]:
                 rule = _broken(cls, key, entry)
                 if rule is None:
                     continue
-                line = lines_of(path.read_text("utf-8")).get(f"{where}[{number}].{key}")
-                place = f"{file}.yaml line {line}: {setting}[{number}].{key}"
+                where_it_is = in_file(f"{file}.yaml", path, f"{where}[{number}].{key}")
+                place = f"{where_it_is}: {setting}[{number}].{key}"
                 told.setdefault(setting, []).append(f"{place}{rule}")
     for setting, cls in _lists().items() if told else ():
         if setting not in told:
             continue
         for entry in OmegaConf.select(config, _place_of(config, setting)):
-            for key in [key for key in map(str, entry) if _broken(cls, key, entry)]:
-                del entry[key]
+            if isinstance(entry, DictConfig):
+                for key in [key for key in map(str, entry) if _broken(cls, key, entry)]:
+                    del entry[key]
     return told
 
 
 def take_out_switches(config: Any, file: str, path: Path) -> dict[str, list[str]]:
-    """As `take_out_slips`, of on, off, yes and no where text belongs, as in run_dir: off: YAML
-    takes them for true and false, which OmegaConf makes the texts True and False."""
+    """As `take_out_slips`, of on, off, yes and no where text belongs, as in run_dir: off or
+    languages: [de, no]: YAML takes them for true and false, OmegaConf makes these True and False.
+    """
     told: dict[str, list[str]] = {}
     group = file.rpartition("/")[0].replace("/", ".")
 
@@ -51,15 +53,17 @@ def take_out_switches(config: Any, file: str, path: Path) -> dict[str, list[str]
             name, value = f"{above}{key}", node._get_node(key)
             if isinstance(value, DictConfig):
                 look(value, f"{name}.")
-            elif isinstance(value, Node) and isinstance(value._value(), bool):
-                setting = next((s for s in (name, f"{group}.{name}") if s in settings()), None)
-                if setting is None or not _is_text(settings()[setting]):
-                    continue
-                line = lines_of(path.read_text("utf-8")).get(name)
-                word = "on, yes or true" if value._value() else "off, no or false"
+                continue
+            entries = [*value] if isinstance(value, ListConfig) else [node._get_node(key)]
+            found = [e._value() if isinstance(e, Node) else e for e in entries]
+            setting = next((s for s in (name, f"{group}.{name}") if s in settings()), None)
+            if setting is None or not any(isinstance(one, bool) for one in found):
+                continue
+            if _is_text(settings()[setting], in_list=isinstance(value, ListConfig)):
+                word = "on, yes or true" if True in found else "off, no or false"
                 told[setting] = [
-                    f"{file}.yaml line {line}: {setting} must be text; YAML reads {word} without "
-                    "quotes as true or false, so write the text in quotes"
+                    f"{in_file(f'{file}.yaml', path, name)}: {setting} must be text; YAML reads "
+                    f"{word} without quotes as true or false, so write the text in quotes"
                 ]
                 del node[key]
 
@@ -68,9 +72,10 @@ def take_out_switches(config: Any, file: str, path: Path) -> dict[str, list[str]
     return told
 
 
-def _is_text(annotation: Any) -> bool:
-    if typing.get_origin(annotation) in (list, dict):
-        return False
+def _is_text(annotation: Any, *, in_list: bool) -> bool:
+    kind = typing.get_origin(annotation)
+    if in_list or kind in (list, dict):
+        return in_list and kind is list and typing.get_args(annotation) == (str,)
     return str in (annotation, *typing.get_args(annotation))
 
 

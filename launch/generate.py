@@ -39,7 +39,11 @@ def main() -> None:
     try:
         _generate(options)
     except (ValueError, OSError, RuntimeError) as error:  # CheckpointError is a RuntimeError
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        from pretrain.checkpoint_list import DamagedCheckpointError
+
+        # what a rank finds by itself; everything else all find alike
+        alone = isinstance(error, DamagedCheckpointError | OSError)
+        if alone or os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 

@@ -78,10 +78,11 @@ def values_that_fit(name: str | None, path: Path) -> tuple[DictConfig, list[str]
             wrong[key] = _unknown(key, f"{path.name}: ", [str(one) for one in schema])
             continue
         try:
-            OmegaConf.merge(schema, {key: values[key]})
+            OmegaConf.merge(schema, {key: values[key]})  # raises for ??? and ${...} too
         except OmegaConfBaseException:
             rule = rule_of(typing.get_type_hints(ClusterConfig)[key])[0]
-            wrong[key] = f"{path.name}: {key}={values[key]} must be {rule}"
+            given = values._get_node(key)
+            wrong[key] = f"{path.name}: {key}={given} must be {rule}"
     for key in wrong:
         del values[key]
     return values, list(wrong.values())

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-_BUDGET = re.compile(r"(data\.mixture\S*)\.budget=\S+: weighting=unimax needs")
+_BUDGET = re.compile(r"data\.mixture\.budget=\S+: weighting=unimax needs")  # not a stage's
 
 
 def with_values(problems: Sequence[str], cfg: DictConfig) -> list[str]:
@@ -19,13 +19,12 @@ def with_values(problems: Sequence[str], cfg: DictConfig) -> list[str]:
 
 
 def _with_budget(line: str, cfg: DictConfig) -> str:
-    found = _BUDGET.match(line)
-    if not found:
-        return line
     try:
+        known = _BUDGET.match(line) and cfg.model.name and cfg.data.mixture.unit.name == "tokens"
+        if not known:
+            return line
         length = cfg.data.seq_length or cfg.model.max_position_embeddings
         tokens = cfg.train.train_steps * cfg.train.global_batch_size * length
-    except (OmegaConfBaseException, TypeError):  # no model is chosen
+    except (OmegaConfBaseException, TypeError):  # refused themselves
         return line
-    in_tokens = tokens > 0 and cfg.data.mixture.unit.name == "tokens"
-    return f"{line}; use {found[1]}.budget={tokens}" if in_tokens else line
+    return f"{line}; use data.mixture.budget={tokens}" if tokens > 0 else line

@@ -3,9 +3,16 @@
 Imports neither torch nor megatron-core.
 """
 
+from pathlib import Path
 from typing import Any
 
 import yaml  # type: ignore[import-untyped]
+
+
+def in_file(shown: str, path: Path, key: str) -> str:
+    """Where a key of the file at `path` stands; without the line where it comes by a merge (<<)."""
+    line = lines_of(path.read_text(encoding="utf-8")).get(key)
+    return shown if line is None else f"{shown} line {line}"
 
 
 def lines_of(text: str) -> dict[str, int]:

@@ -302,7 +302,7 @@ def read_ahead(folder: Path) -> None:
 
 def _will_need(path: Path, begin: int, count: int) -> None:
     """count: bytes; 0: up to the end."""
-    with open(path, "rb", buffering=0) as file:
+    with suppress(OSError), open(path, "rb", buffering=0) as file:
         os.posix_fadvise(file.fileno(), begin, count, os.POSIX_FADV_WILLNEED)
 
 

@@ -353,7 +353,7 @@ class Checkpoints:
 
     def _forget_after(self, step: int) -> None:
         """On rank 0: eval/loss of later steps, which are taken anew, does not count any more."""
-        if dist.get_rank() == 0:
+        if dist.get_rank() == 0 and self.may_publish():
             try:
                 self.retention.forget_after(step)
             except OSError as error:

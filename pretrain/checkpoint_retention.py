@@ -86,6 +86,8 @@ class Retention:
 
         Raises OSError where it cannot be written; it is forgotten anyway.
         """
+        if self.config.keep_best == 0 and not self._readable():
+            return  # nobody asks for it
         stale = [later for later in self.losses if later > step]
         for later in stale:
             del self.losses[later]
@@ -93,6 +95,13 @@ class Retention:
         self._unknown = {seen for seen in self._unknown if seen <= step}
         if stale:
             self._write()
+
+    def _readable(self) -> bool:
+        try:
+            _read(self.folder / EVALUATIONS)
+        except (OSError, ValueError, AttributeError, TypeError):
+            return False
+        return True
 
     def _write(self) -> None:
         if not self.folder.is_dir():
@@ -172,14 +181,18 @@ def take_back_after(folder: Path, step: int, must_hold: Callable[[], None]) -> s
 
     must_hold: raises where the run may not touch the folder any more.
     """
+    must_hold()
     later = [path for path in folder.iterdir() if path.is_dir() and step_of(path) > step]
     names = []
     # the newest first: what is left at any moment is a run's own past
     for path in sorted(later, key=step_of, reverse=True):
         must_hold()
         aside = path.with_name(path.name + TAKEN_BACK_SUFFIX)
-        if aside.exists():
-            remove(aside)
+        if aside.exists():  # what cannot be deleted at once, the next save clears away
+            doomed = aside.with_name(aside.name + DOOMED_SUFFIX)
+            shutil.rmtree(doomed, ignore_errors=True)
+            aside.rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
         path.rename(aside)
         names.append(aside.name)
     if not names:

@@ -446,8 +446,11 @@ def write_again(
     config: PretrainConfig, data: Data, runtime: Runtime, events: Events, text: str, step: int
 ) -> None:
     """The folder of a run was made anew under it: what a start writes there, and the event."""
-    if not (Path(config.run_dir) / RUN_RECORD).exists():  # else this is tried again
+    record = Path(config.run_dir) / RUN_RECORD
+    if not record.exists():  # else this is tried again
         record_run(config, data, runtime, Path(config.run_dir), resumed_step=step)
+    elif config.data.mixture.law:
+        keep_law(config.data.mixture.law, record)
     events.write("run_folder_gone", beacon.step, text)
 
 

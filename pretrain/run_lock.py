@@ -71,7 +71,7 @@ class RunLock:
         # Called again at each heartbeat until it has worked once.
         self.on_new_folder: Callable[[str], None] | None = None
         self._new_folder = ""  # what `on_new_folder` has yet to be called with
-        self._told: dict[str, str] = {}  # the last error of each, told already
+        self._told: dict[str, tuple[Any, Any]] = {}  # the last error of each, told already
         # the folder itself, whatever its name; open, or a new one might get its inode number
         self._folder = -1
         self._job = slurm_job()
@@ -178,10 +178,14 @@ class RunLock:
         try:
             act()
         except Exception as error:
-            text = f"run_dir={self.run_dir}: {what} failed: {type(error).__name__}: {error}"
-            if text != self._told.get(what):  # once, not at every heartbeat
-                _warn(f"{text}. It is tried again every {HEARTBEAT_SECONDS:g} s")
-            self._told[what] = text
+            # once, not at every heartbeat; texts differ by the names of temporary files
+            kind = type(error), getattr(error, "errno", None)
+            if kind != self._told.get(what):
+                _warn(
+                    f"run_dir={self.run_dir}: {what} failed: {type(error).__name__}: {error}. It "
+                    f"is tried again every {HEARTBEAT_SECONDS:g} s"
+                )
+            self._told[what] = kind
             return False
         self._told.pop(what, None)
         return True

@@ -2,6 +2,7 @@ import gzip
 import importlib
 import json
 import logging
+import os
 import sys
 import zlib
 from collections.abc import Callable
@@ -58,6 +59,20 @@ def test_reads_the_files_of_a_folder_in_order(tmp_path: Path) -> None:
     names = ["a.jsonl.gz", "b.jsonl", "c.jsonl.zst", "d.jsonl"]
     assert [path.name for path in corpus_files(tmp_path)] == names
     assert [document.doc_id for document in read_documents(tmp_path)] == ["0", "1", "2", "3"]
+
+
+def test_a_folder_that_cannot_be_listed_is_not_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here because its path is too long; a file system that fails says as much by other numbers."""
+    (tmp_path / "corpus" / "de").mkdir(parents=True)
+    (tmp_path / "corpus" / "en.jsonl").write_text('{"text": "a"}\n')
+    monkeypatch.chdir(tmp_path / "corpus" / "de")
+    for _ in range(20):
+        os.mkdir("d" * 250)
+        os.chdir("d" * 250)
+    with pytest.raises(OSError, match="File name too long"):
+        corpus_files(tmp_path / "corpus")
 
 
 def test_optional_fields(tmp_path: Path) -> None:

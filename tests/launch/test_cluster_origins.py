@@ -9,6 +9,7 @@ import pytest
 
 from launch.check import Machines, check
 from launch.check_report import describe
+from launch.cluster_origins import OF_OPTIONS
 from launch.config import ClusterConfig
 from launch.origins import COMMAND_LINE, DEFAULT
 from launch.schema import settings
@@ -108,3 +109,28 @@ def test_an_option_is_of_the_command_line() -> None:
     report = check(WORDS[:2], Machines(nodes=2, gpus_per_node=1))
     told = {one.setting: (one.value, one.source) for one in report.origins}
     assert told["nodes"] == (2, COMMAND_LINE)
+
+
+def test_a_number_of_nodes_that_nobody_gave_or_that_follows() -> None:
+    def nodes(words: list[str], machines: Machines) -> list[tuple[object, str]]:
+        origins = check([*WORDS[:2], *words], machines).origins
+        return [(one.value, one.source) for one in origins if one.setting == "nodes"]
+
+    assert nodes([], Machines(processes=16)) == []
+    assert nodes([], Machines(processes=16, gpus_per_node=8)) == [(2, OF_OPTIONS)]
+    assert (1, COMMAND_LINE) not in nodes(["nodes=x"], Machines())
+
+
+@pytest.mark.parametrize("text", ['environment: {<<: {A: "1"}, B: "2"}', "<<: {partition: gpu}"])
+def test_values_that_a_site_merges_have_no_line(text: str, site: Path) -> None:
+    site.write_text(f"gpus_per_node: 1\n{text}\n")
+    told = {one.setting: one.source for one in check([*WORDS, "cluster=mine.yaml"]).origins}
+    name = "environment.A" if "A" in text else "partition"
+    assert told[f"cluster.{name}"] == str(site.name) or told[f"cluster.{name}"] == str(site)
+
+
+@pytest.mark.parametrize("value", ["${nowhere}", "???"])
+def test_a_site_that_refers_to_nothing(value: str, site: Path) -> None:
+    site.write_text(f"gpus_per_node: 1\npartition: {value}\n")
+    errors = [one.text for one in check([*WORDS, "cluster=mine.yaml"]).of("error")]
+    assert [text for text in errors if f"partition={value} must be" in text], errors

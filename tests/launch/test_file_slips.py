@@ -48,6 +48,39 @@ def test_slips_in_entries_of_a_list(tmp_path: Path) -> None:
     assert [stage["from_tokens"] for stage in values["data.mixture.stages"]] == [1000, 2000]
 
 
+@pytest.mark.parametrize("entry", ["foo", ""])
+def test_an_entry_that_is_no_table(entry: str, tmp_path: Path) -> None:
+    stages = f"    - {{from_tokens: 1000, weightin: x}}\n    - {entry}\n"
+    write(tmp_path, f"data:\n  mixture:\n    stages:\n{stages}")
+    told = errors([MODEL, "+experiment=mine"], tmp_path)
+    assert any("stages[0].weightin: there is no such setting" in text for text in told), told
+
+
+def test_slips_that_come_by_a_merge_have_no_line(tmp_path: Path) -> None:
+    entry = "{<<: {weightin: x}, from_tokens: 1000}"
+    write(tmp_path, f"data: {{mixture: {{stages: [{entry}]}}}}\n")
+    told = errors([MODEL, "+experiment=mine"], tmp_path)
+    assert told[0].startswith("experiment/mine.yaml: data.mixture.stages[0].weightin: "), told
+
+
+def test_norwegian_is_text(tmp_path: Path) -> None:
+    write(tmp_path, "data:\n  languages: [de, no]\nwandb: {tags: [no, yes]}\n")
+    told = errors([MODEL, "+experiment=mine"], tmp_path)
+    for line, setting in ((3, "data.languages"), (4, "wandb.tags")):
+        start = f"experiment/mine.yaml line {line}: {setting} must be text; YAML reads "
+        assert [text for text in told if text.startswith(start)], told
+
+
+def test_no_budget_is_advised_that_cannot_be_known() -> None:
+    for words in (
+        ["data.mixture.weighting=unimax"],  # of which model
+        [MODEL, "data.mixture.stages=[{from_tokens: 64, weighting: unimax}]"],  # for which part
+    ):
+        told = "\n".join(errors(words))
+        assert "weighting=unimax needs what the planned run" in told and "budget=1" not in told
+        assert "use data.mixture.budget" not in told and "].budget=2" not in told, told
+
+
 def test_a_switch_where_text_belongs(tmp_path: Path) -> None:
     write(tmp_path, "run_dir: off\nwandb: {project: yes, tags: [a]}\ntrain: {train_steps: 7}\n")
     told = errors([MODEL, "+experiment=mine"], tmp_path)

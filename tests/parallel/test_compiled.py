@@ -15,6 +15,7 @@ from torch import Tensor
 
 from models.config import Activation, Normalization
 from models.feed_forward import gelu, swiglu
+from parallel import compiled
 from parallel.compiled import _first_line, compiles
 from parallel.config import CompileElementwise, ConfigError, ParallelConfig
 from parallel.norm import normalize
@@ -51,7 +52,8 @@ def with_a_compiler_that_cannot_bf16(folder: Path) -> str:
     runtime = initialize(ParallelConfig(), seed=1)
     before = inductor.cpp.cxx
     compiler = folder / "g++"
-    refuse = "grep -qs 'BFloat16[*] in_ptr' -- \"$@\" && exit 1"
+    # it leaves a mark: that it was the compiler in bf16 that was refused, after the one in fp32
+    refuse = f"grep -qs 'BFloat16[*] in_ptr' -- \"$@\" && touch {folder}/refused && exit 1"
     compiler.write_text(f'#!/bin/sh\n{refuse}\nexec g++ "$@"\n')
     compiler.chmod(0o755)
     inductor.cpp.cxx = (None, str(compiler))
@@ -68,6 +70,7 @@ def with_a_compiler_that_cannot_bf16(folder: Path) -> str:
 def test_a_compiler_that_cannot_bf16_is_found(tmp_path: Path) -> None:
     (said,) = run_on_gloo(1, with_a_compiler_that_cannot_bf16, tmp_path, timeout=180)
     assert said.startswith("parallel.compile_elementwise=always: torch.compile does not work")
+    assert (tmp_path / "refused").exists()
 
 
 def with_triton_on_rank_zero(wanted: CompileElementwise) -> tuple[bool, str]:
@@ -96,6 +99,23 @@ def test_where_a_rank_has_no_triton_every_rank_is_told_alike(wanted: CompileElem
     assert not answers[0][0] and "torch.compile does not work here (rank 0: " in answers[0][1]
     refused = answers[0][1].startswith("parallel.compile_elementwise=always: ")
     assert refused == (wanted is ALWAYS)
+
+
+@pytest.mark.parametrize("name", ["_trial", "_gated_trial"])
+def test_a_compiler_that_gives_nan_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = getattr(compiled, name).plain
+
+    def trial(is_compiled: bool, *tensors: Tensor) -> Tensor:
+        return real(*tensors) * (torch.nan if is_compiled and name in wrong else 1.0)
+
+    wrong: list[str] = []
+    for one in ("_trial", "_gated_trial"):  # as if compiled: no compiler is loaded
+        plain = getattr(compiled, one).plain
+        monkeypatch.setattr(compiled, one, lambda _, *tensors, plain=plain: plain(*tensors))
+    monkeypatch.setattr(compiled, name, trial)
+    assert compiled._why_not(torch.device("cpu")) is None
+    wrong.append(name)
+    assert "wrong by nan" in (compiled._why_not(torch.device("cpu")) or "")
 
 
 def test_an_error_without_a_message_has_a_line_too() -> None:

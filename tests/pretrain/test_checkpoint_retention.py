@@ -13,7 +13,7 @@ import pytest
 
 from parallel.checkpoint_manifest import verify, write_manifest
 from pretrain.checkpoint_list import find_checkpoints
-from pretrain.checkpoint_retention import Retention, kept
+from pretrain.checkpoint_retention import EVALUATIONS, Retention, kept, take_back_after
 from pretrain.config import CheckpointConfig
 
 LOSSES = {10: 3.0, 20: 2.0, 30: 2.0, 40: 2.5, 60: 9.0}
@@ -216,3 +216,30 @@ def test_an_evaluation_that_is_not_a_number_is_not_the_best() -> None:
     config = CheckpointConfig(keep_last=1, keep_best=1)
     losses = {100: 3.0, 200: math.nan, 300: 1.0, 400: math.nan, 500: 2.0}
     assert kept(losses, losses, config) == {300, 500}
+
+
+def test_what_nobody_asks_for_is_not_told(tmp_path: Path) -> None:
+    (tmp_path / EVALUATIONS).write_text("{")
+    retention = Retention(tmp_path, CheckpointConfig(keep_best=0))
+    retention.forget_after(5)
+    assert retention.news() == "" and (tmp_path / EVALUATIONS).read_text() == "{"
+
+
+def test_a_run_without_its_folder_takes_nothing_back(tmp_path: Path) -> None:
+    """Not even nothing: what follows is written into the folder of another run."""
+
+    def refuse() -> None:
+        raise RuntimeError("not ours")
+
+    with pytest.raises(RuntimeError, match="not ours"):
+        take_back_after(tmp_path, 5, refuse)
+
+
+def test_what_was_taken_back_before_need_not_be_deletable(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "step_00000010.taken_back").symlink_to(tmp_path / "elsewhere")  # rmtree refuses
+    (tmp_path / "step_00000010").mkdir()
+    assert "step_00000010.taken_back" in take_back_after(tmp_path, 5, lambda: None)
+    assert (tmp_path / "step_00000010.taken_back").is_dir()
+    assert not (tmp_path / "step_00000010.taken_back").is_symlink()
+    assert (tmp_path / "elsewhere").is_dir()

@@ -212,7 +212,8 @@ def test_a_folder_removed_or_moved_is_held_anew_and_told(
 
 
 class Flaky:
-    """Raises `error` the first three times it is called."""
+    """Raises `error` the first three times it is called; an OSError in other words each time, as
+    those have that name a temporary file."""
 
     def __init__(self, error: Exception) -> None:
         self.error = error
@@ -221,6 +222,8 @@ class Flaky:
     def __call__(self, *given: Any) -> None:
         self.calls += 1
         if self.calls <= 3:
+            if isinstance(self.error, OSError) and self.calls > 1:
+                raise OSError(f"disk full: {self.calls}")
             raise self.error
         self.worked.release()
 
@@ -245,6 +248,7 @@ def test_what_fails_at_a_heartbeat_is_told_and_does_not_end_it(
     assert record.calls == 4  # and not again once it has worked
     told = capsys.readouterr().err
     said = f"failed: {type(error).__name__}: {error}. It is tried again every 0.02 s"
+    assert told.count("It is tried again every") == 2
     for what in ("what a new run folder needs", "what is done at a heartbeat"):
         assert told.count(f"WARNING: run_dir={folder}: {what} {said}") == 1
 
