@@ -436,9 +436,8 @@ def test_a_damaged_checkpoint_gives_no_text_and_no_export(
         export.export(checkpoint, tmp_path / "out", check=False)
     assert not (tmp_path / "out").exists()
     words = [str(checkpoint), "Die", "--max-new-tokens", "1", "--tensor-model-parallel-size", "2"]
-    error, silence = run_on_gloo(2, generate_error, words)
-    assert said in error and "put the file back from a copy, or name another" in error
-    assert silence == ""
+    for error in run_on_gloo(2, generate_error, words):  # each may be the only one that met it
+        assert said in error and "put the file back from a copy, or name another" in error
 
 
 def test_text_without_a_manifest_comes_with_a_warning(tmp_path: Path) -> None:
