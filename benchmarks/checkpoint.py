@@ -42,6 +42,7 @@ import torch.distributed as dist
 from benchmarks.own_training import OwnTraining
 from models.config import ModelConfig
 from parallel.config import ParallelConfig
+from parallel.page_cache import PagesBehind
 from pretrain.checkpoint import Checkpoints
 from pretrain.config import CheckpointConfig
 from pretrain.train_state import TrainState
@@ -146,8 +147,11 @@ class Rounds:
         block = memoryview(bytearray(_BLOCK_BYTES))
         for path in self._my_files():
             with open(path, "rb", buffering=0) as file:
-                while file.readinto(block):
-                    pass
+                behind = PagesBehind(file.fileno())  # new pages would cost more than the disk
+                at = 0
+                while count := file.readinto(block):
+                    behind.done_with(at, at + count)
+                    at += count
 
     def _forget_cached(self) -> None:
         for path in self._my_files():

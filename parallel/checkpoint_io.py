@@ -9,13 +9,15 @@ so, and which nothing will load.
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import re
 import shutil
 import threading
 import uuid
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -48,8 +50,9 @@ from parallel.megatron import (
 from parallel.safe_pickle import without_advice
 
 PARTIAL_SUFFIX = ".partial"
-_AHEAD_BYTES = 512 << 20  # of a rank: what a fast disk gives in the time that planning takes
+_AHEAD_BYTES = 128 << 20  # of a rank: more of it would keep what the ranks agree by from the disk
 _AHEAD_STEP_BYTES = 8 << 20
+_END_BYTES = 128 << 10  # where a file has its small entries (`checkpoint_save._split`)
 
 
 def save(
@@ -148,7 +151,7 @@ def load(
     if not is_complete(folder):
         raise CheckpointError(f"{folder} is not a complete checkpoint")
     on_rank_zero(lambda: CheckpointReader(folder).check_harmless(), f"read {folder}")
-    wanted = _shapes_on_all_ranks(state)
+    wanted, counts = _wanted_on_all_ranks(state)
     stored = _on_every_rank(lambda: _shapes_stored(folder), f"read {folder}")
     if weights_only:
         stored = {n: s for n, s in stored.items() if not n.startswith(optimizer_state.PREFIX)}
@@ -160,11 +163,16 @@ def load(
             + "\n".join(differences)
             + "\nUse the settings it was saved with: the model, and what of it is trained."
         )
-    return _on_every_rank(lambda: _read(state, folder, sources, search), f"read {folder}")
+    once = _read_once(stored, counts, sources)
+    return _on_every_rank(lambda: _read(state, folder, sources, search, once), f"read {folder}")
 
 
 def _read(
-    state: dict[str, Any], folder: Path, sources: dict[str, str], search: DamageSearch | None
+    state: dict[str, Any],
+    folder: Path,
+    sources: dict[str, str],
+    search: DamageSearch | None,
+    once: set[str],
 ) -> dict[str, Any]:
     """Fill `state`, each tensor from the stored one that `sources` names, or its namesake."""
     # a master read from a weight comes second: one call wants one type for each stored tensor
@@ -173,7 +181,7 @@ def _read(
     def first(entry: Any) -> Any:
         return None if _name(entry) in masters else optimizer_state.renamed(entry, sources)
 
-    with reading_directly(folder, search):
+    with reading_directly(folder, search, once):
         loaded = dist_checkpointing.load(optimizer_state.mapped(state, first), str(folder))
     if masters:
         second = [entry for entry in optimizer_state.leaves(state) if _name(entry) in masters]
@@ -191,26 +199,48 @@ def _name(entry: Any) -> str | None:
     return getattr(entry, "unique_key", None) or getattr(entry, "key", None)
 
 
-def _shapes(state: Any) -> dict[str, tuple[int, ...]]:
-    """The global shape of every sharded tensor and object in a nested state, by name."""
-    shapes: dict[str, tuple[int, ...]] = {}
+def _sharded(state: Any) -> Iterator[ShardedTensor | ShardedObject]:
     for entry in optimizer_state.leaves(state):
         if isinstance(entry, ShardedTensorFactory):
-            shapes |= _shapes(entry.build())
+            yield from _sharded(entry.build())
         elif isinstance(entry, ShardedTensor | ShardedObject):
-            shapes[str(_name(entry))] = tuple(entry.global_shape)
-    return shapes
+            yield entry
 
 
-def _shapes_on_all_ranks(state: Any) -> dict[str, tuple[int, ...]]:
-    ranks: list[dict[str, tuple[int, ...]]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(ranks, _shapes(state))
-    return {name: shape for rank in ranks for name, shape in rank.items()}
+def _shapes(entries: Iterable[ShardedTensor | ShardedObject]) -> dict[str, tuple[int, ...]]:
+    """The global shape of each, by name."""
+    return {str(_name(entry)): tuple(entry.global_shape) for entry in entries}
+
+
+def _wanted_on_all_ranks(state: Any) -> tuple[dict[str, tuple[int, ...]], Counter[str]]:
+    """Global shapes by name, and how many numbers of each tensor the ranks want together."""
+    entries = list(_sharded(state))
+    count: Counter[str] = Counter()
+    for entry in entries:
+        if isinstance(entry, ShardedTensor):
+            count[entry.key] += math.prod(entry.local_shape)
+    mine = _shapes(entries), count
+    ranks = [mine] * dist.get_world_size()
+    dist.all_gather_object(ranks, mine)
+    shapes = {name: shape for shapes, _ in ranks for name, shape in shapes.items()}
+    return shapes, sum((counter for _, counter in ranks), Counter())
 
 
 def _shapes_stored(folder: Path) -> dict[str, tuple[int, ...]]:
     with reading_directly(folder):
-        return _shapes(dist_checkpointing.serialization.load_sharded_metadata(str(folder)))
+        metadata = dist_checkpointing.serialization.load_sharded_metadata(str(folder))
+    return _shapes(_sharded(metadata))
+
+
+def _read_once(
+    stored: dict[str, tuple[int, ...]], counts: Counter[str], sources: dict[str, str]
+) -> set[str]:
+    """Names of stored tensors of which no number is wanted twice: what the ranks want of each
+    part, which all of them together need, is no more than there is."""
+    wanted: Counter[str] = Counter()
+    for name, count in counts.items():
+        wanted[sources.get(name, name)] += count
+    return {name for name, count in wanted.items() if count <= math.prod(stored[name])}
 
 
 def _differences(
@@ -292,6 +322,9 @@ def read_ahead(folder: Path) -> None:
             for path in folder.iterdir():  # first what the ranks agree by: it must not queue up
                 if not path.name.endswith(TENSORS_SUFFIX):
                     _will_need(path, 0, 0)
+            if rank == 0:  # which looks at all that could run a program: that lies at the ends
+                for path in folder.glob(f"*{TENSORS_SUFFIX}"):
+                    _will_need(path, max(0, path.stat().st_size - _END_BYTES), _END_BYTES)
             names = sorted(_share_of(rank, size, folder))
             for begin in range(0, _AHEAD_BYTES // max(1, len(names)), _AHEAD_STEP_BYTES):
                 for name in names:  # side by side, as the loader's threads read them

@@ -10,6 +10,8 @@ piece that any other block is wanted of (columns) all bytes are read, once for a
 and the blocks are copied out of them: each rank that shares a piece by columns reads the whole of
 it. What has another type or lies on another device goes through a tensor of its own as well.
 
+What no other rank wants leaves the kernel's cache as soon as it is read (`parallel.page_cache`).
+
 Each piece must have the shape and the type that the index gives it. One in a form that torch.save
 does not write today is left to torch's reader, which trusts it no more than we do.
 
@@ -23,7 +25,7 @@ import io
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from io import FileIO
@@ -50,6 +52,7 @@ from parallel.checkpoint_reader import (
     Values,
 )
 from parallel.checkpoint_save import Background
+from parallel.page_cache import PagesBehind
 from parallel.progress_beacon import beacon
 
 if TYPE_CHECKING:
@@ -62,15 +65,20 @@ _NEARLY_ALL = 0.9
 
 
 @contextmanager
-def reading_directly(folder: Path, search: DamageSearch | None = None) -> Iterator[None]:
+def reading_directly(
+    folder: Path, search: DamageSearch | None = None, read_once: Collection[str] = ()
+) -> Iterator[None]:
     """torch's distributed checkpointing reads as described above, while this lasts.
 
-    search: is told of the files whose checksums are taken on the way, and begins with the others.
+    Args:
+        search: is told of the files whose checksums are taken on the way, and begins with the
+            others.
+        read_once: names of stored tensors of which no part is wanted by two ranks.
     """
     original, originally_index = FileSystemReader.read_data, FileSystemReader.read_metadata
 
     def read_data(self: FileSystemReader, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        left = _read(self, plan, planner, CheckpointReader(folder), search)
+        left = _read(self, plan, planner, CheckpointReader(folder), search, read_once)
         return original(self, replace(plan, items=left), planner)
 
     def read_metadata(self: FileSystemReader, *_: Any, **__: Any) -> Metadata:
@@ -118,6 +126,7 @@ def _read(
     planner: LoadPlanner,
     reader: CheckpointReader,
     search: DamageSearch | None,
+    read_once: Collection[str],
 ) -> list[ReadItem]:
     """Fill the planner's tensors; returns what is left to torch."""
     index = _Index(cast(Metadata, cast(DefaultLoadPlanner, planner).metadata))
@@ -140,16 +149,24 @@ def _read(
         by_piece: defaultdict[Piece, list[_Wish]] = defaultdict(list)
         for wish in wishes[file]:
             by_piece[wish.piece].append(wish)
-        stretches: list[_Stretch] = []
         unknown: list[ReadItem] = []
-        for piece, wanted in by_piece.items():
-            values = reader.values(piece)
-            if values is None:
-                unknown += [wish.item for wish in wanted]
-            else:
+
+        def stretches(heads: FileIO) -> Iterator[_Stretch]:
+            """Front to back, each piece's head read when its turn comes: pages that have been
+            looked at before keep the kernel from reading ahead (a load takes twice as long)."""
+            for piece in sorted(by_piece, key=lambda piece: piece.start):
+                wanted = by_piece[piece]
+                values = reader.values(piece, heads.fileno())
+                if values is None:
+                    unknown.extend(wish.item for wish in wanted)
+                    continue
                 index.check(reader.folder, wanted[0], values)
-                stretches += _stretches(values, wanted)
-        entry = _read_file(reader.folder / file, stretches, through=file in through)
+                once = wanted[0].item.storage_index.fqn in read_once
+                yield from _stretches(values, wanted, once)
+
+        path = reader.path_of(file)
+        with open(path, "rb", buffering=0) as heads:
+            entry = _read_file(path, stretches(heads), through=file in through)
         if search is not None and entry is not None:
             search.found(file, entry)
         return unknown
@@ -166,7 +183,7 @@ def _wanted_as_a_whole(reader: CheckpointReader, wishes: dict[str, list[_Wish]])
     """Names of files of which nearly everything is wanted."""
     names = set()
     for name, wanted in wishes.items():
-        size = (reader.folder / name).stat().st_size
+        size = reader.path_of(name).stat().st_size
         stored = {wish.piece: 0 for wish in wanted}
         for wish in wanted:
             stored[wish.piece] += wish.target.nbytes
@@ -211,6 +228,7 @@ class _Stretch:
     shape: tuple[int, ...]
     dtype: torch.dtype
     cut: bool
+    once: bool  # and nobody else reads them
     wishes: list[_Wish] = field(default_factory=list)
 
     def read_with(self, reader: _FileReader) -> None:
@@ -222,27 +240,29 @@ class _Stretch:
             and target.dtype == self.dtype
             and target.is_contiguous()
         ):
-            reader.fill(_memory(target))
+            reader.fill(_memory(target), once=self.once)
             return
         values = torch.empty(self.shape, dtype=self.dtype)
-        reader.fill(_memory(values))
+        reader.fill(_memory(values), once=self.once)
         for wish in self.wishes:
             wish.target.copy_(_block(values, wish.item) if self.cut else values)
 
 
-def _stretches(values: Values, wishes: list[_Wish]) -> list[_Stretch]:
-    """What has to be read of a piece for these blocks of it."""
+def _stretches(values: Values, wishes: list[_Wish], once: bool) -> list[_Stretch]:
+    """What has to be read of a piece for these blocks of it, front to back."""
     dtype = getattr(torch, values.dtype)
     whole = torch.empty(values.shape, dtype=dtype, device="meta")
     blocks = [_block(whole, wish.item) for wish in wishes]
     if not all(block.is_contiguous() for block in blocks):
-        return [_Stretch(values.first, values.shape, dtype, cut=True, wishes=wishes)]
+        # the others read all of it as well
+        return [_Stretch(values.first, values.shape, dtype, cut=True, once=False, wishes=wishes)]
     found: dict[tuple[int, tuple[int, ...]], _Stretch] = {}
     for wish, block in zip(wishes, blocks, strict=True):
         begin = values.first + block.storage_offset() * dtype.itemsize
         place = begin, tuple(block.shape)
-        found.setdefault(place, _Stretch(*place, dtype, cut=False)).wishes.append(wish)
-    return list(found.values())
+        stretch = found.setdefault(place, _Stretch(*place, dtype, cut=False, once=once))
+        stretch.wishes.append(wish)
+    return sorted(found.values(), key=lambda stretch: stretch.begin)
 
 
 def _block(piece: Tensor, item: ReadItem) -> Tensor:
@@ -262,7 +282,7 @@ def _read_file(path: Path, stretches: Iterable[_Stretch], *, through: bool) -> E
             return None
         reader = _FileReader(path, file, checksum=True)
         again = []
-        for stretch in sorted(stretches, key=lambda stretch: stretch.begin):
+        for stretch in stretches:
             if stretch.begin < reader.at:  # blocks that overlap
                 again.append(stretch)
                 continue
@@ -270,35 +290,42 @@ def _read_file(path: Path, stretches: Iterable[_Stretch], *, through: bool) -> E
             stretch.read_with(reader)
         reader.skip(os.fstat(file.fileno()).st_size - reader.at)
         _read_singly(path, file, again)
+        reader.behind.let_go()
         return entry_of(reader.at, reader.checksum)
 
 
 def _read_singly(path: Path, file: FileIO, stretches: Iterable[_Stretch]) -> None:
+    reader = _FileReader(path, file, checksum=False)
     for stretch in stretches:
-        file.seek(stretch.begin)
-        stretch.read_with(_FileReader(path, file, checksum=False))
+        reader.at = file.seek(stretch.begin)
+        stretch.read_with(reader)
+    reader.behind.let_go()
 
 
 class _FileReader:
     """Reads on from where a file is."""
 
     def __init__(self, path: Path, file: FileIO, *, checksum: bool) -> None:
-        self.at = 0  # bytes read
+        self.at = 0  # where in the file that is
         self.checksum = 0
+        self.behind = PagesBehind(file.fileno())
         self._path, self._file, self._check = path, file, checksum
 
-    def fill(self, memory: memoryview) -> None:
-        """Raises CheckpointFormatError where the file ends before."""
-        if self._read(memory) != len(memory):
+    def fill(self, memory: memoryview, *, once: bool = False) -> None:
+        """once: nobody else will read these bytes.
+
+        Raises CheckpointFormatError where the file ends before.
+        """
+        if self._read(memory, once) != len(memory):
             raise CheckpointFormatError(f"{self._path} is damaged: it is cut off")
 
     def skip(self, count: int) -> None:
         """Read `count` bytes for nothing but the checksum; less at the end of the file."""
         scratch = memoryview(bytearray(min(count, _BLOCK_BYTES)))
-        while count > 0 and (read := self._read(scratch[:count])):
+        while count > 0 and (read := self._read(scratch[:count], False)):
             count -= read
 
-    def _read(self, memory: memoryview) -> int:
+    def _read(self, memory: memoryview, once: bool) -> int:
         """Bytes read: all of `memory`, or up to the end of the file."""
         read = 0
         while read < len(memory):
@@ -309,6 +336,8 @@ class _FileReader:
             if self._check:
                 self.checksum = crc32(block[:count], self.checksum)
             read += count
+            self.at += count
+            if once:
+                self.behind.done_with(self.at - count, self.at)
             Progress.bytes += count
-        self.at += read
         return read

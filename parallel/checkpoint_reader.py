@@ -37,6 +37,13 @@ FORMAT_FILE = "metadata.json"
 PLAIN_FILE = "common.pt"
 INDEX_FILE = ".metadata"
 OPTIMIZER_PREFIX = "optimizer."
+# Before a piece's storage there are 700 bytes, behind it 1 to 2 KB.
+_HEAD_BYTES = 4 << 10
+_DIRECTORY_BYTES = 4 << 10
+# of a ZIP archive: before each entry its mark, method, lengths of its name and of an extra field,
+# and behind it, as torch writes them, a mark and its size twice
+_LOCAL = struct.Struct("<4s4xH16xHH")
+_DESCRIPTOR = struct.Struct("<4s4xII")
 # (offsets, sizes) of a block of a tensor
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 
@@ -253,17 +260,26 @@ class CheckpointReader:
             )
         return tensor.detach()
 
-    def values(self, piece: Piece) -> Values | None:
+    def values(self, piece: Piece, file: int | None = None) -> Values | None:
         """Where the values of a tensor's piece lie, without reading them; None where they do not
         lie there as they are in memory, or are not known to.
+
+        Args:
+            file: descriptor of the piece's file, to look there at the first bytes alone, if these
+                tell. Where it is stays as it is.
 
         Raises UnsafePickleError and CheckpointFormatError as the properties.
         """
         where = f"{self.folder / piece.file}, byte {piece.start},"
         try:
+            if file is not None:
+                head = os.pread(file, min(_HEAD_BYTES, piece.length), piece.start)
+                values = _values_in_front(head, where, piece)
+                if values is not None:
+                    return values
             with (
-                self._open(piece, buffer_bytes=1 << 12) as file,
-                zipfile.ZipFile(file) as archive,
+                self._open(piece, buffer_bytes=1 << 12) as part,
+                zipfile.ZipFile(part) as archive,
             ):
                 return _values(archive, where, piece)
         except (safe_pickle.UnsafePickleError, OSError):
@@ -287,12 +303,19 @@ class CheckpointReader:
             raise CheckpointFormatError(str(error)) from error
         return content
 
-    def _open(self, piece: Piece, buffer_bytes: int = 1 << 16) -> io.BufferedReader:
-        path = self.folder / piece.file
-        # names come from the index, which may be anybody's: nothing outside of the folder is read
+    def path_of(self, file: str) -> Path:
+        """Of a file that the index names, which may be anybody's: nothing outside of the folder.
+
+        Raises CheckpointFormatError.
+        """
+        path = self.folder / file
         if path.parent != self.folder or not path.is_file():
-            raise CheckpointFormatError(f"{self.folder}: {piece.file} is missing")
-        return io.BufferedReader(_FilePart(path, piece.start, piece.length), buffer_bytes)
+            raise CheckpointFormatError(f"{self.folder}: {file} is missing")
+        return path
+
+    def _open(self, piece: Piece, buffer_bytes: int = 1 << 16) -> io.BufferedReader:
+        part = _FilePart(self.path_of(piece.file), piece.start, piece.length)
+        return io.BufferedReader(part, buffer_bytes)
 
     def _must_exist(self, name: str) -> None:
         if not (self.folder / name).is_file():
@@ -467,6 +490,54 @@ def _values(archive: zipfile.ZipFile, where: str, piece: Piece) -> Values | None
     if first + storage.file_size > piece.length:
         return None
     return Values(piece.start + first, shape, dtype)
+
+
+def _values_in_front(head: bytes, where: str, piece: Piece) -> Values | None:
+    """As `_values`, from the first bytes of the piece alone; None also where these do not tell.
+
+    torch.save writes the pickle and the byte order before the storage, and the directory, where
+    they should be looked up, behind it: half of the looks, and those that take the disk's head, or
+    the kernel's reading ahead, away from where the storages are.
+    """
+    entries: dict[str, bytes] = {}
+    at = 0
+    while at + _LOCAL.size <= len(head):
+        mark, method, name_bytes, extra_bytes = _LOCAL.unpack_from(head, at)
+        first = at + _LOCAL.size + name_bytes + extra_bytes
+        name = head[at + _LOCAL.size :][:name_bytes].decode(errors="replace").partition("/")[2]
+        if mark != b"PK\3\4" or method != zipfile.ZIP_STORED or first > len(head):
+            return None
+        if name == "data/0":
+            return _storage_at(first, entries, where, piece)
+        end = _end_of_entry(head, first)
+        if end is None:
+            return None
+        entries[name] = head[first:end]
+        at = end + _DESCRIPTOR.size
+    return None
+
+
+def _end_of_entry(head: bytes, first: int) -> int | None:
+    """Where the descriptor follows that holds the size of what is before it."""
+    end = head.find(b"PK\7\x08", first)
+    while 0 <= end <= len(head) - _DESCRIPTOR.size:
+        size = end - first
+        if _DESCRIPTOR.unpack_from(head, end) == (b"PK\7\x08", size, size):
+            return end
+        end = head.find(b"PK\7\x08", end + 1)
+    return None
+
+
+def _storage_at(first: int, entries: dict[str, bytes], where: str, piece: Piece) -> Values | None:
+    if entries.get("byteorder") != sys.byteorder.encode() or "data.pkl" not in entries:
+        return None
+    pickled = io.BytesIO(entries["data.pkl"])
+    shape, dtype = _shape_and_type(safe_pickle.load(pickled, where, safe_pickle.SAVED))
+    if dtype is None:
+        return None
+    behind = piece.length - first - math.prod(shape) * DTYPE_BYTES[dtype]
+    # the directory and some small entries: the size of the storage stands there, unread
+    return Values(piece.start + first, shape, dtype) if 0 < behind < _DIRECTORY_BYTES else None
 
 
 def _shape_and_type(saved: Any) -> tuple[tuple[int, ...], str | None]:

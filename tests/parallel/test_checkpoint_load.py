@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,15 @@ from parallel import checkpoint_io, checkpoint_save
 from parallel.checkpoint_io import CheckpointError, DamageSearch
 from parallel.checkpoint_load import _FileReader
 from parallel.checkpoint_manifest import Progress
-from parallel.checkpoint_reader import CheckpointFormatError, CheckpointReader
+from parallel.checkpoint_reader import (
+    CheckpointFormatError,
+    CheckpointReader,
+    _values_in_front,
+)
 from parallel.megatron import ShardedObject, ShardedTensor
 from tests.distributed import run_on_gloo
 from tests.launch.test_checkpoint import plant
+from tests.parallel.test_checkpoint_io import is_cached
 
 W = torch.arange(256.0 * 1024).view(256, 1024)
 # what a rank of two fills, and along which axis it is half of the whole
@@ -148,6 +155,47 @@ def test_what_the_loader_left_out_is_compared_as_well(tmp_path: Path) -> None:
     assert never == failed and never[0].startswith("__0_0.distcp has checksum ")
 
 
+def cached_after_loading(folder: Path, kind: str) -> tuple[bool, bool]:
+    """Whether the middle of a tensor's file is in the kernel's memory before and after."""
+    save(folder)
+    (path,) = (path for path in folder.glob("*.distcp") if path.stat().st_size > W.nbytes)
+    middle = path.stat().st_size // 2
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    before = is_cached(path, middle)
+    dist.barrier()
+    target, axis = WANTED[kind]
+    checkpoint_io.load(sharded(target.clone(), axis), folder)
+    dist.barrier()
+    return before, is_cached(path, middle)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "kind", "kept"),
+    [
+        (1, "whole", False),
+        (2, "whole", True),  # the other rank wants it too
+        (2, "columns", True),  # of which each rank reads all
+    ],
+)
+def test_what_no_other_rank_wants_does_not_stay_in_memory(
+    tmp_path: Path, ranks: int, kind: str, kept: bool
+) -> None:
+    cached = run_on_gloo(ranks, cached_after_loading, tmp_path / "c", kind)
+    if any(before for before, _ in cached):
+        pytest.skip("files of this folder cannot be dropped from memory")
+    assert cached == [(False, kept)] * ranks
+
+
+def test_tensors_that_are_read_once() -> None:
+    stored = {"w": (4, 2), "optimizer.w": (8,), "optimizer.v": (8,)}
+    counts = Counter({"w": 16, "optimizer.w": 8})  # two ranks hold w, and each half of the rest
+    assert checkpoint_io._read_once(stored, counts, {}) == {"optimizer.w"}
+    counts = Counter({"optimizer.v": 4, "w": 8, "optimizer.w": 8})
+    assert checkpoint_io._read_once(stored, counts, {"optimizer.w": "w"}) == {"optimizer.v"}
+
+
 class Harmful:
     def __reduce__(self) -> Any:
         return os.system, ("echo this must never run",)
@@ -192,6 +240,76 @@ def test_pieces_in_other_forms_are_left_to_torch(tmp_path: Path, change: Any) ->
     assert torch.equal(loaded, W)
     (piece,) = CheckpointReader(tmp_path / "c").tensors["w"].pieces
     assert CheckpointReader(tmp_path / "c").values(piece) is None
+    with open(tmp_path / "c" / piece.file, "rb") as file:
+        assert CheckpointReader(tmp_path / "c").values(piece, file.fileno()) is None
+
+
+def save_types(folder: Path) -> None:
+    types = {f"a{bits}": W[:3, : bits + 1].to(dtype) for bits, dtype in enumerate(TYPES)}
+    checkpoint_io.save(entire({**types, "w": W, "one": torch.ones(1)}), folder, metadata={})
+
+
+TYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.bool]
+
+
+def test_the_head_of_a_piece_tells_what_its_directory_tells(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_on_gloo(1, save_types, tmp_path / "c")
+    reader = CheckpointReader(tmp_path / "c")
+    pieces = [piece for tensor in reader.tensors.values() for piece in tensor.pieces]
+    expected = [reader.values(piece) for piece in pieces]
+    assert len(expected) == len(TYPES) + 2 and None not in expected
+
+    def not_needed(*_: Any) -> None:
+        raise AssertionError("the directory was looked up")
+
+    monkeypatch.setattr("parallel.checkpoint_reader._values", not_needed)
+    for piece, values in zip(pieces, expected, strict=True):
+        with open(tmp_path / "c" / piece.file, "rb") as file:
+            assert reader.values(piece, file.fileno()) == values
+            assert file.tell() == 0
+
+
+@pytest.mark.parametrize(
+    ("place", "content"),
+    [
+        (0, b"PK\1\2"),  # no header
+        (8, b"\x08"),  # compressed
+        (26, b"\xff\xff"),  # a name beyond what was read
+        (30, b"archive/data.xyz"),  # no pickle
+    ],
+)
+def test_a_head_that_does_not_tell_leaves_it_to_the_directory(
+    tmp_path: Path, place: int, content: bytes
+) -> None:
+    run_on_gloo(1, save, tmp_path / "c")
+    reader = CheckpointReader(tmp_path / "c")
+    (piece,) = reader.tensors["w"].pieces
+    with open(tmp_path / "c" / piece.file, "r+b") as file:
+        head = bytearray(os.pread(file.fileno(), 4096, piece.start))
+        assert _values_in_front(bytes(head), "", piece) == reader.values(piece)
+        head[place : place + len(content)] = content
+        assert _values_in_front(bytes(head), "", piece) is None
+        assert _values_in_front(bytes(head[:200]), "", piece) is None
+
+
+def save_objects(folder: Path) -> None:
+    """Many small objects, and in each of two files tensors of 8 MB before them."""
+    objects = {
+        str(n): ShardedObject("o", io.BytesIO(pickle.dumps(n)), (9,), (n,)) for n in range(9)
+    }
+    tensors = {name: torch.ones(1 << 21) for name in ("a", "b")}
+    checkpoint_io.save({**entire(tensors), **objects}, folder, metadata={})
+
+
+def test_small_entries_lie_where_reading_ahead_looks_for_them(tmp_path: Path) -> None:
+    run_on_gloo(1, save_objects, tmp_path / "c")
+    objects = CheckpointReader(tmp_path / "c").objects
+    assert len(objects) == 9
+    for piece in objects.values():
+        size = (tmp_path / "c" / piece.file).stat().st_size
+        assert piece.start >= size - checkpoint_io._END_BYTES
 
 
 @pytest.mark.parametrize(

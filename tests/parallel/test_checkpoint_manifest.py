@@ -111,7 +111,7 @@ def test_the_disk_is_kept_busy_from_early_on(
         for part in parts:
             file.write(part)
         file.close()
-    assert advice == [(0, 1800), (1800, 1800), (4500, 1800)]  # and 4500 bytes by fsync
+    assert advice == [(0, 1800), (0, 3600), (0, 6300)]  # and 4500 bytes by fsync
     assert (tmp_path / "a").read_bytes() == b"".join(parts)
 
 
