@@ -14,7 +14,9 @@ busy for all of them:
     synchronous   Checkpoints.save with checkpoint.async_save=false
     stall         Checkpoints.save with checkpoint.async_save=true, until the training may go on
     asynchronous  the same, until the checkpoint is there
-    disk read     the files of that checkpoint front to back, each rank its own, none of them cached
+    disk read     the files of that checkpoint front to back, each rank its own, none of them
+                  cached and none of them left in the cache: the disk's own rate
+    plain read    the same as a program reads that asks for nothing, and dd: they stay in the cache
     load          Checkpoints.resume: checksums compared and state loaded, nothing cached
 
 Rates are of the state's size. Ratios are taken in each round; medians are printed, and single
@@ -47,7 +49,10 @@ from pretrain.checkpoint import Checkpoints
 from pretrain.config import CheckpointConfig
 from pretrain.train_state import TrainState
 
-WAYS = ("disk write", "copy", "synchronous", "stall", "asynchronous", "disk read", "load")
+WAYS = (
+    *("disk write", "copy", "synchronous", "stall", "asynchronous"),
+    *("disk read", "plain read", "load"),
+)
 VOCAB, SEQ_LENGTH = 8192, 32
 STALL_GOAL = 0.05  # of a synchronous save
 COPY_GOAL = 1.1  # times the bare copy
@@ -106,7 +111,9 @@ class Rounds:
         self._behind.wait(1)
         self.seconds["asynchronous"].append(time.perf_counter() - begin)
         self._forget_cached()
-        self._note("disk read", self._read_from_disk)
+        self._note("disk read", lambda: self._read_from_disk(kept=False))
+        self._forget_cached()
+        self._note("plain read", lambda: self._read_from_disk(kept=True))
         self._forget_cached()
         self._note("load", lambda: self._checkpoints(async_save=True).resume(engine))
 
@@ -143,15 +150,16 @@ class Rounds:
                     os.posix_fadvise(file.fileno(), 0, start, os.POSIX_FADV_DONTNEED)
             os.fsync(file.fileno())
 
-    def _read_from_disk(self) -> None:
+    def _read_from_disk(self, *, kept: bool) -> None:
         block = memoryview(bytearray(_BLOCK_BYTES))
         for path in self._my_files():
             with open(path, "rb", buffering=0) as file:
                 behind = PagesBehind(file.fileno())  # new pages would cost more than the disk
                 at = 0
                 while count := file.readinto(block):
-                    behind.done_with(at, at + count)
                     at += count
+                    if not kept:
+                        behind.done_with(at - count, at)
 
     def _forget_cached(self) -> None:
         for path in self._my_files():
@@ -180,6 +188,7 @@ def ratios(seconds: dict[str, list[float]]) -> dict[str, float]:
         "disk write / synchronous": ratio("disk write", "synchronous"),
         "disk write / asynchronous": ratio("disk write", "asynchronous"),
         "disk read / load": ratio("disk read", "load"),
+        "plain read / load": ratio("plain read", "load"),
     }
 
 
