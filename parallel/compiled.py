@@ -90,7 +90,10 @@ def _why_not(device: torch.device) -> str | None:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip() or "no message").splitlines()[0][:200]
+    """With the second where the first only announces it: "backend='inductor' raised:"."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    first = lines[0] if lines else "no message"
+    return (f"{first} {lines[1]}" if first.endswith(":") and lines[1:] else first)[:200]
 
 
 @Compilable

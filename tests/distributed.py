@@ -6,7 +6,8 @@ job: 40 ms with 2 ranks and 130 ms with 8 for a job that does one all-reduce (12
 the workers were forked anew for each job); 0.25 and 0.75 s with `parallel.runtime.initialize` in
 it. Failed jobs lose their workers; a new one is forked in 10 ms.
 
-A job's function is sent by its importable name: it must sit at the top level of a module. What a
+A job's function is sent by its importable name: it must sit at the top level of a module. It has
+the environment variables that the caller has, not those its worker was forked with. What a
 job leaves behind in its process (process groups, megatron-core's state, environment variables,
 seeds, a running `parallel.runtime`) is taken away afterwards; modules it patched are not. A worker
 that gathers threads nevertheless is replaced.
@@ -190,9 +191,10 @@ class _Pool:
         self, team: list[_Worker], store_path: str, job: bytes, timeout: float, name: str
     ) -> list[Any]:
         world_size = len(team)
+        environment = dict(os.environ)
         deadline = time.monotonic() + timeout
         for rank, worker in enumerate(team):
-            worker.connection.send((store_path, rank, world_size, timeout, job))
+            worker.connection.send((store_path, rank, world_size, timeout, environment, job))
         results: dict[int, Any] = {}
         failures: dict[int, str] = {}
         busy = dict(enumerate(team))
@@ -256,12 +258,21 @@ def _work(connection: Connection, inherited: list[Connection], stacks: IO[bytes]
         os._exit(0)  # no destructors, no handlers the parent registered
 
 
-def _do(store_path: str, rank: int, world_size: int, timeout: float, job: bytes) -> tuple[str, Any]:
+def _do(
+    store_path: str,
+    rank: int,
+    world_size: int,
+    timeout: float,
+    environment: dict[str, str],
+    job: bytes,
+) -> tuple[str, Any]:
     import torch
     import torch.distributed as dist
 
-    environment = dict(os.environ)
     try:
+        # before the job and not after it: what the caller changed since this worker was forked, too
+        os.environ.clear()
+        os.environ.update(environment)
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
         dist.init_process_group(
             "gloo",
@@ -282,9 +293,6 @@ def _do(store_path: str, rank: int, world_size: int, timeout: float, job: bytes)
     except BaseException:
         # process groups stay as they are: the parent kills this worker
         return "failure", traceback.format_exc()
-    finally:
-        os.environ.clear()
-        os.environ.update(environment)
 
 
 def _forget_the_loss_scale() -> None:

@@ -94,6 +94,20 @@ def test_a_job_leaves_nothing_behind() -> None:
     assert run_on_gloo(2, what_is_left) == [(False, False, torch.float32)] * 2
 
 
+def variable(name: str) -> str | None:
+    return os.environ.get(name)
+
+
+def test_a_job_has_the_environment_of_its_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    close_pool()
+    monkeypatch.setenv("OF_ONE_TEST", "when the workers were forked")
+    assert run_on_gloo(1, variable, "OF_ONE_TEST") == ["when the workers were forked"]
+    monkeypatch.delenv("OF_ONE_TEST")
+    assert run_on_gloo(1, variable, "OF_ONE_TEST") == [None]
+    monkeypatch.setenv("OF_ONE_TEST", "later")
+    assert run_on_gloo(1, variable, "OF_ONE_TEST") == ["later"]
+
+
 def test_a_failing_rank_shows_its_traceback_and_the_pool_recovers() -> None:
     run_on_gloo(2, nothing)
     before = workers()

@@ -121,6 +121,8 @@ def test_a_compiler_that_gives_nan_is_found(name: str, monkeypatch: pytest.Monke
 def test_an_error_without_a_message_has_a_line_too() -> None:
     assert _first_line(RuntimeError()) == _first_line(RuntimeError(" \n")) == "no message"
     assert _first_line(RuntimeError("\nthe compiler\nis gone")) == "the compiler"
+    assert _first_line(RuntimeError("it raised:\n\nno g++\nhelp")) == "it raised: no g++"
+    assert _first_line(RuntimeError("it raised:\n")) == "it raised:"
 
 
 @pytest.mark.slow  # loads a compiler; the decision of all ranks is shown by those without Triton
