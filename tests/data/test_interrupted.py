@@ -65,3 +65,38 @@ def test_other_errors_are_told_as_ever() -> None:
     code = "from data.interrupted import say_interrupted; say_interrupted(); 1 / 0"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert ended.returncode == 1 and "ZeroDivisionError: division by zero" in ended.stderr
+
+
+def test_none_is_lost_in_a_finalizer() -> None:
+    code = """
+import signal, time
+from data.interrupted import say_interrupted
+
+class Finalized:
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+        time.sleep(0)
+
+say_interrupted()
+Finalized()
+for _ in range(100):
+    time.sleep(0.1)
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert (ended.returncode, ended.stderr) == (130, "interrupted\n")
+
+
+def test_other_errors_in_a_finalizer_are_told_as_ever() -> None:
+    code = """
+from data.interrupted import say_interrupted
+
+class Finalized:
+    def __del__(self):
+        1 / 0
+
+say_interrupted()
+Finalized()
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert ended.returncode == 0
+    assert ended.stderr.startswith("Exception ignored") and "ZeroDivisionError" in ended.stderr
