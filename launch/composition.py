@@ -14,20 +14,12 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
 from launch.aliases import TOKENS
+from launch.explain import CompositionError, explain, nameless_choices
 from launch.file_keys import LeftOut, accused
 from launch.mixture_file import with_mixture_files
 from launch.origins import DEFAULT, Origin, is_mixture, name_of, origins_of
-from launch.schema import (
-    ADDED,
-    CONF,
-    CompositionError,
-    explain,
-    groups,
-    nameless_choices,
-    override_of,
-    register,
-    settings,
-)
+from launch.schema import register
+from launch.setting_names import ADDED, CONF, groups, override_of, settings
 from launch.units import plain_number
 from parallel.config import ConfigError
 
@@ -68,7 +60,7 @@ def compose_what_fits(words: Sequence[str], hidden: Sequence[str] = ()) -> Compo
     made.problems += nameless_files.values()
     made.refused += nameless_files
     made.words = [word for word in made.words if word not in nameless_files]
-    with initialize_config_dir(str(CONF), version_base="1.3"), made.of_files.left_out():
+    with initialize_config_dir(str(CONF), version_base="1.3"), made.of_files.watched():
         while True:
             try:
                 cfg = compose(
@@ -83,7 +75,7 @@ def compose_what_fits(words: Sequence[str], hidden: Sequence[str] = ()) -> Compo
                 made.refused += [word for word in made.words if is_mixture(word)]
                 made.words = [word for word in made.words if not is_mixture(word)]
             except CompositionError as error:
-                told = explain(error, made.words).problems
+                told = explain(error, made.words, made.of_files.paths).problems
                 made.problems += [problem for problem in told if problem not in made.problems]
                 key = accused(error)
                 if key is not None and made.of_files.is_new(key):

@@ -12,11 +12,11 @@ from omegaconf import DictConfig, ListConfig, Node, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from launch.near_names import closest
-from launch.schema import rule_of, settings
+from launch.setting_names import rule_of, settings
 from launch.yaml_lines import in_file
 
 
-def take_out_slips(config: Any, file: str, path: Path) -> dict[str, list[str]]:
+def take_out_slips(config: DictConfig, file: str, path: Path) -> dict[str, list[str]]:
     """Takes keys that do not fit out of the entries of all lists of `config`, which is `file`
     (GROUP/NAME) at `path`; what is wrong with each, by the setting that is the list."""
     told: dict[str, list[str]] = {}
@@ -41,7 +41,7 @@ def take_out_slips(config: Any, file: str, path: Path) -> dict[str, list[str]]:
     return told
 
 
-def take_out_switches(config: Any, file: str, path: Path) -> dict[str, list[str]]:
+def take_out_switches(config: DictConfig, file: str, path: Path) -> dict[str, list[str]]:
     """As `take_out_slips`, of on, off, yes and no where text belongs, as in run_dir: off or
     languages: [de, no]: YAML takes them for true and false, OmegaConf makes these True and False.
     """
@@ -67,8 +67,7 @@ def take_out_switches(config: Any, file: str, path: Path) -> dict[str, list[str]
                 ]
                 del node[key]
 
-    if isinstance(config, DictConfig):
-        look(config, "")
+    look(config, "")
     return told
 
 

@@ -1,10 +1,12 @@
-"""Composing YAML files without those of their keys that do not fit, so that each of them is told.
+"""The YAML files that Hydra reads, looked at on the way: what it would pass unseen is refused.
 
-Hydra stops at the first. Imports neither torch nor megatron-core.
+OmegaConf makes the text "False" of run_dir: off, and Hydra does not say in which entry of a list a
+key does not fit, or in which line. `launch.check` composes files without the keys that do not fit,
+so that each of them is told; Hydra stops at the first. Imports neither torch nor megatron-core.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,16 +14,69 @@ from typing import Any
 from hydra._internal.config_repository import ConfigRepository
 from omegaconf import DictConfig, OmegaConf
 
+from launch.explain import CompositionError, explain
 from launch.file_entries import take_out_slips, take_out_switches
+from parallel.config import ConfigError
 
 # GROUP/NAME of a file and the full name of a setting, as Hydra names them
 Key = tuple[str, str]
 
 
-class LeftOut:
-    """Keys of files that Hydra is to read as if they were not there."""
+class FilesRead:
+    """The files that Hydra reads while they are `watched`."""
 
     def __init__(self) -> None:
+        self.paths: dict[str, Path] = {}  # by GROUP/NAME
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        original = ConfigRepository.load_config
+
+        def load_config(repository: ConfigRepository, config_path: str) -> Any:
+            result = original(repository, config_path)
+            if result is not None and result.path.startswith("file://"):
+                name = config_path.removesuffix(".yaml")
+                self.paths[name] = Path(result.path.removeprefix("file://"), f"{name}.yaml")
+                if isinstance(result.config, DictConfig):  # or Hydra will say that it is none
+                    self._look_at(result.config, name)
+            return result
+
+        setattr(ConfigRepository, "load_config", load_config)  # noqa: B010
+        try:
+            yield
+        finally:
+            setattr(ConfigRepository, "load_config", original)  # noqa: B010
+
+    def _look_at(self, config: DictConfig, name: str) -> None:
+        """Raises ConfigError with everything in the file that Hydra would pass or tell badly."""
+        told = self._slips(config, name)
+        if told:
+            raise ConfigError(*(slip for slips in told.values() for slip in slips))
+
+    def _slips(self, config: DictConfig, name: str) -> dict[str, list[str]]:
+        path = self.paths[name]
+        return take_out_slips(config, name, path) | take_out_switches(config, name, path)
+
+
+@contextmanager
+def explained(words: Sequence[str]) -> Iterator[None]:
+    """While this lasts, what keeps `words` and their files from fitting together is a ConfigError.
+
+    Raises ConfigError as the launcher prints it.
+    """
+    files = FilesRead()
+    try:
+        with files.watched():
+            yield
+    except CompositionError as error:
+        raise explain(error, words, files.paths) from None
+
+
+class LeftOut(FilesRead):
+    """Keys of files that Hydra is to read as if they were not there, while they are `watched`."""
+
+    def __init__(self) -> None:
+        super().__init__()
         self._wanted: set[Key] = set()
         self._found: set[Key] = set()
         self.problems: list[str] = []  # that Hydra would pass, or tell one by one
@@ -37,33 +92,13 @@ class LeftOut:
         """Whether leaving it out may change anything: it has not been tried."""
         return key not in self._wanted
 
-    def _take_out(self, config: Any, name: str, folder: str) -> None:
-        path = Path(folder.removeprefix("file://"), f"{name}.yaml")
-        told = take_out_slips(config, name, path) | take_out_switches(config, name, path)
-        for setting, slips in told.items():
+    def _look_at(self, config: DictConfig, name: str) -> None:
+        for key in self._wanted:
+            if key[0] == name and _drop(config, key[1]):
+                self._found.add(key)
+        for setting, slips in self._slips(config, name).items():
             self._found.add((name, setting))
             self.problems += [slip for slip in slips if slip not in self.problems]
-
-    @contextmanager
-    def left_out(self) -> Iterator[None]:
-        """While this lasts."""
-        original = ConfigRepository.load_config
-
-        def load_config(repository: ConfigRepository, config_path: str) -> Any:
-            result = original(repository, config_path)
-            name = config_path.removesuffix(".yaml")
-            for key in self._wanted:
-                if result is not None and key[0] == name and _drop(result.config, key[1]):
-                    self._found.add(key)
-            if result is not None and result.path.startswith("file://"):
-                self._take_out(result.config, name, result.path)
-            return result
-
-        setattr(ConfigRepository, "load_config", load_config)  # noqa: B010
-        try:
-            yield
-        finally:
-            setattr(ConfigRepository, "load_config", original)  # noqa: B010
 
 
 def accused(error: Exception) -> Key | None:
@@ -74,7 +109,7 @@ def accused(error: Exception) -> Key | None:
     return (file[1], re.sub(r"\[.*", "", setting[1])) if file and setting else None
 
 
-def _drop(config: Any, setting: str) -> bool:
+def _drop(config: DictConfig, setting: str) -> bool:
     """Takes `setting` out of a file's content; whether it was there. A file of the group train says
     train_steps for train.train_steps."""
     parts = setting.split(".")

@@ -18,7 +18,7 @@ from data.scaling_law.optimum import Goal, Objective
 from data.scaling_law.runs_table import RunsTable
 from data.stream_settings import StreamSettings, open_stream, read_settings
 from launch.near_names import closest
-from launch.schema import shipped_models
+from launch.setting_names import shipped_models
 from launch.sweep_provenance import family_rule, is_typed, typed_otherwise
 from models.config import ModelConfig
 from models.parameter_count import parameter_count

@@ -8,9 +8,10 @@ import re
 from collections.abc import Sequence
 
 from launch.aliases import ADVICE, ALL_THERE_ARE
+from launch.explain import written
 from launch.near_names import advice_on, closest
 from launch.repeated_words import OF_THE_JOB
-from launch.schema import ADDED, groups, settings, written
+from launch.setting_names import ADDED, groups, settings
 
 # what Hydra itself takes on the launcher's command line
 HYDRAS_OPTIONS = (

@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from data.mixture_file import read_mixture_file
 from launch.mixture_file import WORD as MIXTURE
 from launch.mixture_file import mixture_path
-from launch.schema import CONF, override_of, settings
+from launch.setting_names import CONF, override_of, settings
 from pretrain.config import PretrainConfig
 
 DEFAULT = "default"

@@ -33,10 +33,13 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from launch.explain import nameless_choices
+from launch.file_keys import explained
 from launch.foreign_flags import HYDRAS_OPTIONS, with_words
 from launch.mixture_file import short_name, with_mixture_files
 from launch.repeated_words import repeated
-from launch.schema import CONF, CompositionError, explain, nameless_choices, register, validated
+from launch.schema import register, validated
+from launch.setting_names import CONF
 from launch.slurm_environment import adopt_slurm_ranks
 from parallel.config import ConfigError
 from pretrain.stop_signal import stop_signal
@@ -118,9 +121,10 @@ def main() -> None:
         if problems:
             raise ConfigError(*problems)
         sys.argv[1:] = with_mixture_files(sys.argv[1:])
-        hydra.main(version_base="1.3", config_path=str(CONF), config_name="pretrain")(launch)()
-    except (*CompositionError, ConfigError) as error:
-        refuse(explain(error, sys.argv[1:]))
+        with explained(sys.argv[1:]):
+            hydra.main(version_base="1.3", config_path=str(CONF), config_name="pretrain")(launch)()
+    except ConfigError as error:
+        refuse(error)
 
 
 def warn_of_repeated_words(words: Sequence[str]) -> None:

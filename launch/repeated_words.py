@@ -5,7 +5,7 @@ Imports neither torch nor megatron-core.
 
 from collections.abc import Sequence
 
-from launch.schema import groups, settings
+from launch.setting_names import groups, settings
 
 OF_THE_JOB = ("cluster", "nodes", "chain")  # words of launch.slurm
 

@@ -14,8 +14,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from launch.config import ClusterConfig
 from launch.near_names import closest
-from launch.schema import CONF, rule_of
-from launch.schema import SITES as GROUP
+from launch.setting_names import CONF, rule_of
+from launch.setting_names import SITES as GROUP
 from parallel.config import ConfigError
 
 SITES = CONF / GROUP

@@ -33,7 +33,7 @@ from data.scaling_law.design import design
 from data.scaling_law.sweep_config import SweepConfig, read_sweep
 from launch.findings import many
 from launch.near_names import closest
-from launch.schema import CONF
+from launch.setting_names import CONF
 from launch.sweep_collect import check_evaluation, collect, evaluation_tokens, family_tokens
 from launch.sweep_devices import most_jobs, usable_gpus
 from launch.sweep_folder import (

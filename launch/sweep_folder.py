@@ -29,7 +29,9 @@ from data.folder_lock import describe_holder
 from data.open_mixture import open_tokenizer
 from data.scaling_law.design import ModelShape, PlannedRun, total_flops
 from data.scaling_law.sweep_config import SweepConfig, SweepModel, make_sweep
-from launch.schema import CONF, CompositionError, explain, register, to_pretrain_config
+from launch.file_keys import explained
+from launch.schema import register, to_pretrain_config
+from launch.setting_names import CONF
 from models.parameter_count import flops_per_token, parameter_count
 from parallel.config import ConfigError
 from pretrain.config import PretrainConfig
@@ -202,12 +204,10 @@ def settings_of(config: SweepConfig, model: SweepModel) -> PretrainConfig:
     """The settings of a model's runs, but for what differs between runs. Raises ConfigError."""
     register()
     words = [f"+model={model.base}"]
-    try:
+    with explained(words):
         with initialize_config_dir(str(CONF), version_base="1.3"):
             composed = compose("pretrain", overrides=words)
         merged = OmegaConf.merge(composed, _merged(config.settings, model.settings))
-    except CompositionError as error:
-        raise explain(error, words) from None
     return to_pretrain_config(cast(DictConfig, merged), words)
 
 
@@ -215,11 +215,8 @@ def compose_run(folder: SweepFolder, name: str) -> PretrainConfig:
     """A run's settings as the launcher sees them. Raises ConfigError as the launcher prints it."""
     register()
     words = [f"hydra.searchpath=[file://{folder.conf}]", f"+{RUN_GROUP}={name}"]
-    try:
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            composed = compose("pretrain", overrides=words)
-    except CompositionError as error:
-        raise explain(error, words) from None
+    with explained(words), initialize_config_dir(str(CONF), version_base="1.3"):
+        composed = compose("pretrain", overrides=words)
     return to_pretrain_config(composed, words)
 
 

@@ -32,9 +32,11 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from launch.file_keys import explained
 from launch.mixture_file import with_mixture_files
 from launch.pretrain import refuse
-from launch.schema import CONF, CompositionError, explain, register, to_pretrain_config
+from launch.schema import register, to_pretrain_config
+from launch.setting_names import CONF
 from parallel.config import ConfigError
 from pretrain.config_rules import validate
 from pretrain.shrink import processes_needed, shrink
@@ -64,9 +66,10 @@ def main() -> None:
     register()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra passes errors on instead of wording them itself
     try:
-        hydra.main(version_base="1.3", config_path=str(CONF), config_name="pretrain")(check)()
-    except CompositionError as error:
-        refuse(explain(error, sys.argv[1:]))
+        with explained(sys.argv[1:]):
+            hydra.main(version_base="1.3", config_path=str(CONF), config_name="pretrain")(check)()
+    except ConfigError as error:
+        refuse(error)
 
 
 def own_settings(words: list[str]) -> tuple[VerifySettings, list[str]]:

@@ -9,9 +9,11 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 
-def in_file(shown: str, path: Path, key: str) -> str:
-    """Where a key of the file at `path` stands; without the line where it comes by a merge (<<)."""
-    line = lines_of(path.read_text(encoding="utf-8")).get(key)
+def in_file(shown: str, path: Path, *keys: str) -> str:
+    """Where the first of `keys` that the file at `path` has stands in it; without the line where
+    it comes by a merge (<<)."""
+    lines = lines_of(path.read_text(encoding="utf-8"))
+    line = next((lines[key] for key in keys if key in lines), None)
     return shown if line is None else f"{shown} line {line}"
 
 

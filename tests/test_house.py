@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.schema import CONF, load
+from launch.schema import load
+from launch.setting_names import CONF
 from pretrain.config_rules import validate
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -9,7 +9,8 @@ import pytest
 from launch.aliases import ADVICE, ALIASES, REFUSED_VALUES
 from launch.check import check, main
 from launch.foreign_flags import with_words
-from launch.schema import load, settings
+from launch.schema import load
+from launch.setting_names import settings
 from parallel.config import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -22,7 +22,8 @@ from launch.findings import ERROR, NOTE, WARNING, Findings
 from launch.leaner_layout import _finer, leaner
 from launch.nearest_layout import nearest_layout
 from launch.origins import COMMAND_LINE, DEFAULT
-from launch.schema import CONF, broken_rules_across_rooms, load
+from launch.schema import broken_rules_across_rooms, load
+from launch.setting_names import CONF
 from launch.units import number_meant
 from parallel.checkpoint_reader import CheckpointReader
 from pretrain.config import CheckpointConfig, TrainConfig

@@ -10,7 +10,8 @@ import yaml  # type: ignore[import-untyped]
 from launch.check import Machines, check
 from launch.check_report import Report
 from launch.findings import ERROR
-from launch.schema import CONF, load
+from launch.schema import load
+from launch.setting_names import CONF
 from parallel.config import ConfigError
 from pretrain.config_rules import validate
 from tests.launch.broken_files import SMALL, BrokenFiles, names_in
@@ -100,17 +101,19 @@ def test_all_slips_of_a_file_are_told_and_the_rest_of_it_counts(files: BrokenFil
     report = check(
         ["+model=magneto_tiny", "+experiment=slips"], config_dir=str(files.path("own_conf"))
     )
-    slips = (
-        "data.seq_len",
-        "train.train_stps",
-        "train.micro_batch_size",
-        "optimizer.betas",
-        "schedule.lr_warmup_steps",
-    )
+    slips = {
+        "data.seq_len": "seq_len:",
+        "train.train_stps": "train_stps:",
+        "train.micro_batch_size": "micro_batch_size:",
+        "optimizer.betas": "betas:",
+        "schedule.lr_warmup_steps": "lr_warmup_steps:",
+    }
+    lines = (files.path("own_conf") / "experiment/slips.yaml").read_text().splitlines()
     told = [one.text for one in report.of(ERROR)]
     assert len(told) == len(slips), told
     for slip, text in zip(slips, told, strict=True):
-        assert text.startswith(f"experiment/slips.yaml: {slip}")
+        (number,) = (i for i, line in enumerate(lines, 1) if slips[slip] in line)
+        assert text.startswith(f"experiment/slips.yaml line {number}: {slip}")
     assert report.processes == 2  # of the layout that the same file chooses
 
 

@@ -10,7 +10,8 @@ from data.corpus import corpus_files
 from launch.aliases import ADVICE
 from launch.check import Machines, check
 from launch.foreign_flags import HYDRAS_OPTIONS
-from launch.schema import load, settings
+from launch.schema import load
+from launch.setting_names import settings
 from parallel.config import ConfigError
 
 TINY = "+model=magneto_tiny"

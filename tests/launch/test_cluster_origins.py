@@ -12,7 +12,7 @@ from launch.check_report import describe
 from launch.cluster_origins import OF_OPTIONS
 from launch.config import ClusterConfig
 from launch.origins import COMMAND_LINE, DEFAULT
-from launch.schema import settings
+from launch.setting_names import settings
 
 WORDS = ["+model=magneto_tiny", "train.global_batch_size=64", "nodes=2"]
 # another value than the default's, of every setting of a site: as YAML, and as typed

@@ -7,6 +7,8 @@ import pytest
 
 from launch.check import check
 from launch.foreign_flags import with_words
+from launch.schema import load
+from parallel.config import ConfigError
 
 MODEL = "+model=magneto_tiny"
 
@@ -92,6 +94,23 @@ def test_a_switch_where_text_belongs(tmp_path: Path) -> None:
             (3, "wandb.project", "on, yes or true"),
         )
     ]
+
+
+REFUSED = {
+    "run_dir: off": "run_dir must be text; YAML reads off, no or false",
+    "data: {mixture: {stages: [{from_token: 1}]}}": "data.mixture.stages[0].from_token: there is "
+    "no such setting in an entry of this list; did you mean from_tokens?",
+    "train: {train_stps: 3}": "train.train_stps: there is no setting train.train_stps",
+}
+
+
+@pytest.mark.parametrize("text", REFUSED)
+def test_commands_that_run_refuse_what_check_refuses(text: str, tmp_path: Path) -> None:
+    write(tmp_path, text)
+    with pytest.raises(ConfigError) as refused:
+        load([MODEL, "+experiment=mine", f"hydra.searchpath=[file://{tmp_path}]"])
+    (told,) = refused.value.problems
+    assert told.startswith(f"experiment/mine.yaml line 2: {REFUSED[text]}")
 
 
 UNIMAX_NEEDS = ("data.mixture.budget", "data.mixture.max_epochs")

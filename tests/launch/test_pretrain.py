@@ -70,6 +70,20 @@ def test_wrong_words(word: str, words: str, tmp_path: Path) -> None:
     assert words in ended.stderr
 
 
+@pytest.mark.parametrize("more", [(), ("train.train_steps=1,2", "--multirun")], ids=str)
+def test_a_switch_where_text_belongs(more: tuple[str, ...], tmp_path: Path) -> None:
+    (tmp_path / "own" / "experiment").mkdir(parents=True)
+    (tmp_path / "own" / "experiment" / "mine.yaml").write_text(
+        "# @package _global_\nrun_dir: off\n"
+    )
+    (tmp_path / "here").mkdir()
+    words = ("+model=magneto_tiny", "+experiment=mine", *more)
+    ended = start("--config-dir", str(tmp_path / "own"), *words, folder=tmp_path / "here")
+    assert ended.returncode == 2
+    (told,) = ended.stderr.splitlines()  # OmegaConf would have a run in a folder named False
+    assert told.startswith("error: experiment/mine.yaml line 2: run_dir must be text")
+
+
 def test_layout_against_the_number_of_processes(tmp_path: Path) -> None:
     words = ("+model=magneto_tiny", "parallel=tp2_pp2", "data.seq_length=512")
     first = start(*words, folder=tmp_path, world_size=6)

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from launch import settings
-from launch.schema import settings as names
+from launch.setting_names import settings as names
 
 DOC = Path(__file__).resolve().parents[2] / "docs" / "settings.md"
 

@@ -19,7 +19,7 @@ from data.scaling_law.design import ModelShape, design
 from data.scaling_law.runs_table import read_runs
 from data.scaling_law.sweep_config import make_sweep
 from launch import sweep
-from launch.schema import CONF, shipped_models
+from launch.setting_names import CONF, shipped_models
 from launch.sweep_collect import check_evaluation, collect
 from launch.sweep_devices import environment, most_jobs, usable_gpus
 from launch.sweep_folder import (

@@ -5,7 +5,8 @@ from functools import cache
 
 import pytest
 
-from launch.schema import CONF, load
+from launch.schema import load
+from launch.setting_names import CONF
 from models.config import ModelConfig
 from models.moe_config import MoEConfig, RouterType
 from parallel.config import ConfigError, ParallelConfig
