@@ -5,6 +5,7 @@ Imports neither torch nor megatron-core.
 
 import contextlib
 import errno
+import io
 import json
 import math
 import os
@@ -28,9 +29,10 @@ class StepLines:
     power loss may. A full disk does not end the run: lines wait in memory until it takes them.
 
     A run resumed from step k takes the steps after k again, so their old lines are dropped, as is
-    a line cut off by a crash or with bytes that are not UTF-8; the file is rewritten atomically.
-    Removed or moved under the run, it is written again whole, once its folder is there again; what
-    cannot be read any more of the old one, for a stale NFS handle, is lost, and told.
+    a line cut off by a crash or with bytes that are not UTF-8. Where these are the file's end it is
+    cut off there, which a full disk allows; otherwise it is rewritten atomically. Removed or moved
+    under the run, it is written again whole, once its folder is there again; what cannot be read
+    any more of the old one, for a stale NFS handle, is lost, and told.
 
     Args:
         resumed_step: step of the checkpoint; None: a run from its start, old lines all go.
@@ -40,11 +42,8 @@ class StepLines:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
-            old = self.path.read_text(encoding="utf-8", errors="replace")
-            kept = "" if resumed_step is None else _lines_up_to(old, resumed_step)
-            if kept != old:
-                atomic_write_text(self.path, kept)
-        self._file = open(self.path, "ab+", buffering=0)  # noqa: SIM115  closed by close()
+            _drop_lines_after(self.path, resumed_step)
+        self._file = self._opened()
         self._waiting = b""
         self._failing = False
         self._unusable = False  # the open file refuses everything, or is closed
@@ -94,7 +93,7 @@ class StepLines:
                 earlier = ", with all earlier ones"
         self._unusable = True
         self._drop()  # before another descriptor may get its number
-        self._file = open(self.path, "ab+", buffering=0)  # noqa: SIM115  closed by close()
+        self._file = self._opened()
         self._unusable = False
         warn(
             f"{self.path} was {found} while the run writes it; its lines go on in the file of that "
@@ -119,10 +118,29 @@ class StepLines:
         with contextlib.suppress(OSError):  # closed it is all the same
             self._file.close()
 
-    def reopened(self, step: int) -> "StepLines":
-        """The file without the lines after `step`, of a run that goes on from there."""
-        self.close()
-        return StepLines(self.path, step)
+    def go_back(self, step: int) -> None:
+        """Drops the lines after `step`, of a run that takes those steps again. A disk that refuses
+        this does not end the run: of a step with two lines the second counts."""
+        self._write()
+        try:
+            torn = _drop_lines_after(self.path, step)
+        except OSError as error:
+            warn(
+                f"{self.path}: the lines after step {step}, to which the run goes back, cannot be "
+                f"removed ({error}); of a step with two lines the second counts"
+            )
+            return
+        waiting = torn + self._waiting if self._waiting else b""
+        self._waiting = _lines_up_to(waiting, step)
+        self._drop()
+        self._unusable = True
+        with contextlib.suppress(OSError):  # what is written next tries again, and says so
+            self._file = self._opened()  # it may be another file now
+            self._unusable = False
+        self._write()
+
+    def _opened(self) -> io.FileIO:
+        return open(self.path, "ab+", buffering=0)
 
     def close(self) -> None:
         open_or_owing = not self._file.closed or self._waiting
@@ -158,7 +176,7 @@ class MetricsFile:
         pass
 
     def go_back(self, step: int) -> None:
-        self._lines = self._lines.reopened(step)
+        self._lines.go_back(step)
 
     def close(self, failed: bool = False) -> None:
         self._lines.close()
@@ -175,19 +193,30 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     return records
 
 
-def _lines_up_to(text: str, last_step: int) -> str:
+def _drop_lines_after(path: Path, step: int | None) -> bytes:
+    """None: all lines. Returns what was behind the last whole line, which goes in any case."""
+    old = path.read_bytes()
+    kept = b"" if step is None else _lines_up_to(old, step)
+    if old != kept and old.startswith(kept):
+        os.truncate(path, len(kept))
+    elif old != kept:
+        atomic_write_text(path, kept.decode())
+    return old[old.rfind(b"\n") + 1 :]
+
+
+def _lines_up_to(text: bytes, last_step: int) -> bytes:
     kept = []
     for line in text.splitlines(keepends=True):
-        record = _parse(line) if line.endswith("\n") else None
+        record = _parse(line) if line.endswith(b"\n") else None
         if record is not None and record["step"] <= last_step:
             kept.append(line)
-    return "".join(kept)
+    return b"".join(kept)
 
 
-def _parse(line: str) -> dict[str, Any] | None:
+def _parse(line: str | bytes) -> dict[str, Any] | None:
     try:
-        record = json.loads(line)
-    except ValueError:
+        record = json.loads(line.decode() if isinstance(line, bytes) else line)
+    except ValueError:  # also of bytes that are not UTF-8
         return None
     return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
 

@@ -182,7 +182,7 @@ class RouterReport:
         self._since_table.zero()
         self._counted_up_to = self._table_up_to = step
         if self._file is not None:
-            self._file = self._file.reopened(step)
+            self._file.go_back(step)
 
     def close(self) -> None:
         if self._file is not None:

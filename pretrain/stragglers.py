@@ -106,7 +106,7 @@ class StragglerReport:
     def go_back(self, step: int) -> None:
         """The run takes the steps after `step` again."""
         if self._file is not None:
-            self._file = self._file.reopened(step)
+            self._file.go_back(step)
 
     def close(self) -> None:
         if self._file is not None:

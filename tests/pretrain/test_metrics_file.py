@@ -120,6 +120,65 @@ def test_a_disk_that_stays_full_is_no_error_at_the_end(
         assert "lines.jsonl: lines missing at its end: 2 ([Errno 28]" in capsys.readouterr().err
 
 
+def test_a_run_goes_back_on_a_full_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with small_disk(tmp_path / "disk", "64k") as disk:
+        lines = StepLines(disk / "lines.jsonl")
+        for step in range(1, 5):
+            lines.write({"step": step, "text": "long" * 100})
+        filler = fill(disk)
+        lines.write({"step": 5, "text": "long" * 2000})  # of which a part is written
+        lines.write({"step": 6})
+        lines.go_back(5)
+        lines.write({"step": 6, "again": True})
+        lines.go_back(3)
+        assert [record["step"] for record in read_metrics(lines.path)] == [1, 2, 3]
+        lines.write({"step": 4, "again": True})
+        filler.unlink()
+        lines.write({"step": 5, "again": True})
+        lines.close()
+        records = read_metrics(lines.path)
+        assert [record["step"] for record in records] == [1, 2, 3, 4, 5]
+        assert [record["step"] for record in records if "again" in record] == [4, 5]
+        assert "cannot be removed" not in capsys.readouterr().err
+
+
+def test_lines_that_wait_while_a_run_goes_back_are_those_before_it(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", "64k") as disk:
+        lines = StepLines(disk / "lines.jsonl")
+        filler = fill(disk)
+        for step in (1, 2, 3):
+            lines.write({"step": step, "text": "long" * 2000})
+        lines.go_back(2)
+        filler.unlink()
+        lines.write({"step": 3})
+        lines.close()
+        assert [record["step"] for record in read_metrics(lines.path)] == [1, 2, 3]
+        assert lines.path.read_bytes().count(b"\n") == 3  # and no torn one
+
+
+def test_lines_that_cannot_be_removed_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with small_disk(tmp_path / "disk", "64k") as disk:
+        lines = StepLines(disk / "lines.jsonl")
+        lines.write({"step": 1})
+        with open(lines.path, "ab") as file:
+            file.write(b"no JSON\n")  # for which the file must be written anew
+        for step in (2, 3):
+            lines.write({"step": step, "loss": 9})
+        filler = fill(disk)
+        lines.go_back(2)
+        told = capsys.readouterr().err
+        assert "the lines after step 2, to which the run goes back, cannot be removed" in told
+        filler.unlink()
+        lines.write({"step": 3, "loss": 8})
+        lines.close()
+        records = read_metrics(lines.path)
+        assert [record["step"] for record in records] == [1, 2, 3, 3]
+        assert records[-1]["loss"] == 8
+        assert [path.name for path in disk.iterdir()] == ["lines.jsonl"]
+
+
 # An NFS handle goes stale when another host removes or replaces the file. There is no NFS here: a
 # closed descriptor stands in for it, which refuses fstat, read, write and close with a real error
 # (EBADF for ESTALE); one opened for writing or reading alone refuses less.
