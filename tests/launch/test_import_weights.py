@@ -38,6 +38,7 @@ from pretrain.import_weights import (
     import_weights,
     open_torchscale,
 )
+from tests import megatron_reference
 from tests.distributed import run_on_gloo
 from tests.stored_runs import live_logits, main_with, write_run
 from tests.torchscale_reference import decoder, integer_histograms
@@ -325,6 +326,58 @@ def test_megatrons_weights_find_their_places(
             VOCAB if name in ("embedding.word_embeddings.weight", "output_layer.weight") else None
         )
         assert torch.equal(ours.read(name)[:rows], found.read(name)[:rows]), name
+
+
+GATED = replace(
+    MEGATRON,
+    normalization=Normalization.rms_norm,
+    activation=Activation.swiglu,
+    add_bias_linear=False,
+)
+ALL_SPARSE = MoEConfig(num_experts=4, layer_freq=1, router_topk=2)
+# model, layout on so many ranks, arguments
+THEIRS: dict[str, tuple[ModelConfig, ParallelConfig, int, dict[str, Any]]] = {
+    "dense": (
+        MEGATRON,
+        ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2),
+        4,
+        {"num_layers": 2, "swiglu": False, "position_embedding_type": "rope"},
+    ),
+    "gated, tied": (
+        replace(GATED, share_embeddings_and_output_weights=True),
+        ParallelConfig(tensor_model_parallel_size=2),
+        2,
+        {"rotary_interleaved": True, "swiglu": True, "normalization": "RMSNorm"},
+    ),
+    "experts": (
+        replace(GATED, moe=replace(ALL_SPARSE, layer_freq=2, router=RouterType.linear)),
+        ParallelConfig(expert_model_parallel_size=2),
+        2,
+        {"moe_router_topk": 2, "moe_router_score_function": "softmax", "moe_layer_freq": [0, 1]},
+    ),
+    "biased experts": (
+        replace(
+            GATED,
+            moe=replace(ALL_SPARSE, router=RouterType.aux_free, shared_expert_intermediate_size=16),
+        ),
+        ParallelConfig(pipeline_model_parallel_size=2, expert_model_parallel_size=2),
+        4,
+        {"moe_router_topk": 2, "moe_router_score_function": "sigmoid"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", THEIRS)
+def test_megatrons_model_gives_the_same_logits(name: str, tmp_path: Path) -> None:
+    model, parallel, ranks, args = THEIRS[name]
+    theirs, out = tmp_path / "theirs", tmp_path / "run"
+    run_on_gloo(ranks, megatron_reference.save, theirs, model, 48, parallel, args)
+    expected = run_on_gloo(1, megatron_reference.logits, theirs, model, 48, IDS, args)[0]
+    run_on_gloo(1, import_weights, Origin.megatron, theirs, settings(model), out)
+    stored = load_run_config(out).model
+    logits = run_on_gloo(1, live_logits, find_checkpoint(out), stored, IDS)[0]
+    assert expected.std() > 0.1
+    torch.testing.assert_close(logits, expected, rtol=0, atol=2e-5)
 
 
 def test_settings_that_contradict_are_named(tmp_path: Path) -> None:
