@@ -150,9 +150,10 @@ def load(
     """
     if not is_complete(folder):
         raise CheckpointError(f"{folder} is not a complete checkpoint")
-    on_rank_zero(lambda: CheckpointReader(folder).check_harmless(), f"read {folder}")
+    reader = _on_every_rank(lambda: CheckpointReader(folder), f"read {folder}")
+    on_rank_zero(reader.check_harmless, f"read {folder}")
     wanted, counts = _wanted_on_all_ranks(state)
-    stored = _on_every_rank(lambda: _shapes_stored(folder), f"read {folder}")
+    stored = _on_every_rank(lambda: _shapes_stored(reader), f"read {folder}")
     if weights_only:
         stored = {n: s for n, s in stored.items() if not n.startswith(optimizer_state.PREFIX)}
     sources = optimizer_state.resolve_masters(set(wanted), set(stored))
@@ -164,12 +165,12 @@ def load(
             + "\nUse the settings it was saved with: the model, and what of it is trained."
         )
     once = _read_once(stored, counts, sources)
-    return _on_every_rank(lambda: _read(state, folder, sources, search, once), f"read {folder}")
+    return _on_every_rank(lambda: _read(state, reader, sources, search, once), f"read {folder}")
 
 
 def _read(
     state: dict[str, Any],
-    folder: Path,
+    reader: CheckpointReader,
     sources: dict[str, str],
     search: DamageSearch | None,
     once: set[str],
@@ -181,16 +182,17 @@ def _read(
     def first(entry: Any) -> Any:
         return None if _name(entry) in masters else optimizer_state.renamed(entry, sources)
 
-    with reading_directly(folder, search, once):
-        loaded = dist_checkpointing.load(optimizer_state.mapped(state, first), str(folder))
+    folder = str(reader.folder)
+    with reading_directly(reader, search, once):
+        loaded = dist_checkpointing.load(optimizer_state.mapped(state, first), folder)
     if masters:
         second = [entry for entry in optimizer_state.leaves(state) if _name(entry) in masters]
         tensors = {
             str(index): optimizer_state.renamed(entry, masters)
             for index, entry in enumerate(second)
         }
-        with reading_directly(folder):
-            dist_checkpointing.load(tensors, str(folder))
+        with reading_directly(reader):
+            dist_checkpointing.load(tensors, folder)
     return loaded
 
 
@@ -226,10 +228,9 @@ def _wanted_on_all_ranks(state: Any) -> tuple[dict[str, tuple[int, ...]], Counte
     return shapes, sum((counter for _, counter in ranks), Counter())
 
 
-def _shapes_stored(folder: Path) -> dict[str, tuple[int, ...]]:
-    with reading_directly(folder):
-        metadata = dist_checkpointing.serialization.load_sharded_metadata(str(folder))
-    return _shapes(_sharded(metadata))
+def _shapes_stored(reader: CheckpointReader) -> dict[str, tuple[int, ...]]:
+    objects = [ShardedObject.empty_from_unique_key(name) for name in reader.objects]
+    return {name: tensor.shape for name, tensor in reader.tensors.items()} | _shapes(objects)
 
 
 def _read_once(

@@ -28,6 +28,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -35,6 +36,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from isal.isal_zlib import crc32
 from torch import Tensor
+from torch.distributed import checkpoint
 from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
@@ -66,9 +68,12 @@ _NEARLY_ALL = 0.9
 
 @contextmanager
 def reading_directly(
-    folder: Path, search: DamageSearch | None = None, read_once: Collection[str] = ()
+    reader: CheckpointReader, search: DamageSearch | None = None, read_once: Collection[str] = ()
 ) -> Iterator[None]:
     """torch's distributed checkpointing reads as described above, while this lasts.
+
+    Each rank plans by itself what it reads: torch would gather the plans of all on rank 0 and send
+    each back as it came. What fails on one rank is for the caller to tell the others.
 
     Args:
         search: is told of the files whose checksums are taken on the way, and begins with the
@@ -76,24 +81,27 @@ def reading_directly(
         read_once: names of stored tensors of which no part is wanted by two ranks.
     """
     original, originally_index = FileSystemReader.read_data, FileSystemReader.read_metadata
+    together = checkpoint.load_state_dict
 
     def read_data(self: FileSystemReader, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        left = _read(self, plan, planner, CheckpointReader(folder), search, read_once)
+        left = _read(self, plan, planner, reader, search, read_once)
         return original(self, replace(plan, items=left), planner)
 
     def read_metadata(self: FileSystemReader, *_: Any, **__: Any) -> Metadata:
-        index = _torchs_index(CheckpointReader(folder))
+        index = _torchs_index(reader)
         index.storage_meta = index.storage_meta or StorageMeta()
         index.storage_meta.load_id = self.load_id
         return index
 
     FileSystemReader.read_data = read_data  # type: ignore[method-assign]
     FileSystemReader.read_metadata = read_metadata  # type: ignore[method-assign]
+    checkpoint.load_state_dict = partial(together, no_dist=True)
     try:
         yield
     finally:
         FileSystemReader.read_data = original  # type: ignore[method-assign]
         FileSystemReader.read_metadata = originally_index  # type: ignore[method-assign]
+        checkpoint.load_state_dict = together
 
 
 def _torchs_index(reader: CheckpointReader) -> Metadata:
@@ -171,9 +179,12 @@ def _read(
             search.found(file, entry)
         return unknown
 
+    # This rank's own share first: what it wants of the others' is in the cache by then, where they
+    # have read it, and all ranks have about as much to do.
+    files = sorted(wishes, key=lambda file: file not in through)
     # a thread of its own waits for them, so that this one can tell that it gets on
     threads = min(_THREADS, len(os.sched_getaffinity(0)))
-    for unknown in Background(lambda: in_threads(read, wishes, threads)).result():
+    for unknown in Background(lambda: in_threads(read, files, threads)).result():
         left += unknown
     beacon.tick()  # also where all were read too quickly to wait
     return left

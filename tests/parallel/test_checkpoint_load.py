@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
-from parallel import checkpoint_io, checkpoint_save
+from parallel import checkpoint_io, checkpoint_load, checkpoint_save
 from parallel.checkpoint_io import CheckpointError, DamageSearch
-from parallel.checkpoint_load import _FileReader
+from parallel.checkpoint_load import _FileReader, reading_directly
 from parallel.checkpoint_manifest import Progress
 from parallel.checkpoint_reader import (
     CheckpointFormatError,
@@ -86,6 +88,35 @@ def test_the_checksum_is_of_what_was_loaded_and_costs_no_second_reading(tmp_path
     [(read, wrong, right)] = run_on_gloo(1, load_searching, tmp_path / "changed", True)
     assert read == 0 and not right
     assert len(wrong) == 1 and wrong[0].startswith("__0_0.distcp has checksum ")
+
+
+def load_what_two_have_written(folder: Path) -> list[str]:
+    """Names of the files that this rank reads, in that order; plans are not exchanged."""
+    half = W.chunk(2)[dist.get_rank()].clone()
+    checkpoint_io.save(sharded(half, 0), folder, metadata={})
+    read: list[str] = []
+    read_file = checkpoint_load._read_file
+
+    def noted(path: Path, *args: Any, **kwargs: Any) -> Any:
+        read.append(path.name)
+        return read_file(path, *args, **kwargs)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a plan is sent to another rank")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint_load, "_read_file", noted)
+        patch.setattr(checkpoint_load, "_THREADS", 1)
+        patch.setattr(dist, "scatter_object_list", refuse)
+        search = DamageSearch(folder)
+        assert torch.equal(load(folder, search), W)
+        assert search.result() == []
+    return read
+
+
+def test_a_rank_reads_its_own_share_first(tmp_path: Path) -> None:
+    names = ["__0_0.distcp", "__1_0.distcp"]
+    assert run_on_gloo(2, load_what_two_have_written, tmp_path / "c") == [names, names[::-1]]
 
 
 def load_others(folder: Path) -> str:
@@ -357,7 +388,21 @@ def test_no_rank_runs_what_it_reads(tmp_path: Path, file: str) -> None:
 
 def test_an_index_of_another_kind_is_refused(tmp_path: Path) -> None:
     [said] = run_on_gloo(1, load_with_index, tmp_path / "c", pickle.dumps({"no": "index"}))
-    assert "is damaged: its index is none" in said
+    assert "is damaged: it is no index" in said
+
+
+def test_an_index_that_torch_would_not_take_for_one_is_refused(tmp_path: Path) -> None:
+    run_on_gloo(1, save, tmp_path / "c")
+    other = BytesStorageMetadata()  # not Metadata, though it has all that one has
+    vars(other).update(state_dict_metadata={}, storage_data={})
+    (tmp_path / "c" / ".metadata").write_bytes(pickle.dumps(other))
+    reader = CheckpointReader(tmp_path / "c")
+    assert reader.tensors == {}
+    with (
+        reading_directly(reader),
+        pytest.raises(CheckpointFormatError, match="is damaged: its index is none"),
+    ):
+        FileSystemReader(tmp_path / "c").read_metadata()
 
 
 def load_with_index(folder: Path, content: bytes) -> str:
