@@ -7,9 +7,9 @@ Weights and AdamW's moments of a decoder that has taken a step, under the distri
 `--folder` on the disk in question. A round does, one after the other, so that a busy machine is
 busy for all of them:
 
-    disk write    as many bytes from memory to one file for each rank, and fsync (as dd does), the
+    disk write    the same bytes from memory to one file for each rank, and fsync (as dd does), the
                   disk kept busy from early on
-    copy          as many bytes from memory to memory, which the kernel has handed out before, with
+    copy          the same bytes from memory to memory, which the kernel has handed out before, with
                   torch's threads: what no asynchronous save goes below
     synchronous   Checkpoints.save with checkpoint.async_save=false
     stall         Checkpoints.save with checkpoint.async_save=true, until the training may go on
@@ -59,9 +59,6 @@ COPY_GOAL = 1.1  # times the bare copy
 DISK_GOAL = 0.8  # of the disk's rate, for states that are large
 _BLOCK_BYTES = 4 << 20
 _HAND_OVER_BYTES = 32 << 20
-# What is written and copied, again and again up to the state's size: more than any cache holds, and
-# little enough to leave the memory to the state and the copy that an asynchronous save makes.
-_PAYLOAD_BYTES = 512 << 20
 
 
 def model_of(millions: float) -> ModelConfig:
@@ -107,7 +104,7 @@ class Rounds:
         self._measure_size()
         self._clear()
         self._note("disk write", self._write_to_disk)
-        self._note("copy", self._copy_in_memory)
+        self._note("copy", lambda: self._copy.copy_(self._payload))
         self.seconds["synchronous"].append(synchronous)
         begin = time.perf_counter()
         self._note("stall", lambda: self._behind.save(engine, state))
@@ -140,26 +137,15 @@ class Rounds:
     def _measure_size(self) -> None:
         if self.bytes == 0:
             self.bytes = sum(path.stat().st_size for path in self._files())
-            mine = min(_PAYLOAD_BYTES, self._my_bytes)
+            mine = self.bytes // dist.get_world_size()
             self._payload = torch.randint(256, (mine,), dtype=torch.uint8)
             self._copy = torch.zeros_like(self._payload)
-
-    @property
-    def _my_bytes(self) -> int:
-        return self.bytes // dist.get_world_size()
-
-    def _copy_in_memory(self) -> None:
-        for start in range(0, self._my_bytes, len(self._payload)):
-            count = min(len(self._payload), self._my_bytes - start)
-            self._copy[:count].copy_(self._payload[:count])
 
     def _write_to_disk(self) -> None:
         content = self._payload.numpy().data
         with open(self.folder / f"disk_{dist.get_rank()}", "wb", buffering=0) as file:
-            for start in range(0, self._my_bytes, _BLOCK_BYTES):
-                first = start % len(content)
-                count = min(_BLOCK_BYTES, self._my_bytes - start)
-                file.write(content[first : first + count])
+            for start in range(0, len(content), _BLOCK_BYTES):
+                file.write(content[start : start + _BLOCK_BYTES])
                 if start % _HAND_OVER_BYTES == 0:  # or the disk would idle at first
                     os.posix_fadvise(file.fileno(), 0, start, os.POSIX_FADV_DONTNEED)
             os.fsync(file.fileno())

@@ -30,6 +30,7 @@ def save(
     """
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.mapping import ShardedObject
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     runtime = initialize(parallel, 1)
     gpt = _gpt(model, rows, parallel, args)
@@ -52,6 +53,9 @@ def save(
         folder.mkdir()
     dist.barrier()
     dist_checkpointing.save(state, str(folder))
+    # a process of its own, which would outlive a worker of ours
+    filesystem_async._results_queue._manager.shutdown()
+    filesystem_async._results_queue = None
     shutdown(runtime)
 
 
