@@ -72,7 +72,10 @@ def compose_what_fits(words: Sequence[str], hidden: Sequence[str] = ()) -> Compo
                     break
             except ConfigError as error:  # of data/mixture=FILE
                 made.problems += error.problems
-                made.refused += [word for word in made.words if is_mixture(word)]
+                mixtures = [word for word in made.words if is_mixture(word)]
+                if not mixtures:  # of a file that cannot be read
+                    return made
+                made.refused += mixtures
                 made.words = [word for word in made.words if not is_mixture(word)]
             except CompositionError as error:
                 told = explain(error, made.words, made.of_files.paths).problems

@@ -86,7 +86,8 @@ def explain(
         return ConfigError(_wrong_setting(found[1], text, overrides, files or {}))
     if found := re.search(r"In '([^']+)': \w+ raised while composing config:\n(.*)", text):
         return ConfigError(f"{found[1]}.yaml: does not fit: {found[2]}")
-    return ConfigError(" ".join(str(error).split()))  # the YAML reader names file, line and column
+    said = str(error) or str(error.__cause__ or type(error).__name__)
+    return ConfigError(" ".join(said.split()))  # the YAML reader names file, line and column
 
 
 def _unreadable(word: str, text: str) -> str:

@@ -6,7 +6,7 @@ Imports neither torch nor megatron-core.
 import dataclasses
 import typing
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from omegaconf import DictConfig, ListConfig, Node, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -22,10 +22,9 @@ def take_out_slips(config: DictConfig, file: str, path: Path) -> dict[str, list[
     told: dict[str, list[str]] = {}
     for setting, cls in _lists().items():
         where = _place_of(config, setting)
-        entries = OmegaConf.select(config, where) if where else None
-        for number, entry in enumerate(entries) if isinstance(entries, ListConfig) else ():
-            for key in map(str, entry) if isinstance(entry, DictConfig) else ():
-                rule = _broken(cls, key, entry)
+        for number, entry in enumerate(_entries(_node_at(config, where))):
+            for own in entry if _is_table(entry) else ():
+                key, rule = str(own), _broken(cls, own, entry)
                 if rule is None:
                     continue
                 where_it_is = in_file(f"{file}.yaml", path, f"{where}[{number}].{key}")
@@ -34,10 +33,10 @@ def take_out_slips(config: DictConfig, file: str, path: Path) -> dict[str, list[
     for setting, cls in _lists().items() if told else ():
         if setting not in told:
             continue
-        for entry in OmegaConf.select(config, _place_of(config, setting)):
-            if isinstance(entry, DictConfig):
-                for key in [key for key in map(str, entry) if _broken(cls, key, entry)]:
-                    del entry[key]
+        for entry in _entries(_node_at(config, _place_of(config, setting))):
+            if _is_table(entry):
+                for slip in [key for key in entry if _broken(cls, key, entry)]:
+                    del entry[slip]
     return told
 
 
@@ -51,12 +50,12 @@ def take_out_switches(config: DictConfig, file: str, path: Path) -> dict[str, li
     def look(node: DictConfig, above: str) -> None:
         for key in list(map(str, node)):
             name, value = f"{above}{key}", node._get_node(key)
-            if isinstance(value, DictConfig):
+            if _is_table(value):
                 look(value, f"{name}.")
                 continue
-            entries = [*value] if isinstance(value, ListConfig) else [node._get_node(key)]
-            found = [e._value() if isinstance(e, Node) else e for e in entries]
             setting = next((s for s in (name, f"{group}.{name}") if s in settings()), None)
+            entries = _entries(value) if isinstance(value, ListConfig) else [value]
+            found = [entry._value() for entry in entries if isinstance(entry, Node)]
             if setting is None or not any(isinstance(one, bool) for one in found):
                 continue
             if _is_text(settings()[setting], in_list=isinstance(value, ListConfig)):
@@ -95,17 +94,38 @@ def _place_of(config: Any, setting: str) -> str:
     return next((name for name in names if _has(config, name)), "")
 
 
-def _has(config: Any, name: str) -> bool:
+def _has(config: DictConfig, name: str) -> bool:
     above, _, last = name.rpartition(".")
-    node = OmegaConf.select(config, above) if above else config
-    return isinstance(node, DictConfig) and last in node
+    node = _node_at(config, above)
+    return _is_table(node) and node._get_node(last) is not None
 
 
-def _broken(cls: type, key: str, entry: DictConfig) -> str | None:
+def _node_at(config: DictConfig, name: str) -> Any:
+    """None where there is none. What is written there is not resolved: what it refers to may be in
+    another file."""
+    node: Any = config
+    for part in name.split(".") if name else ():
+        node = node._get_node(part) if _is_table(node) else None
+    return node
+
+
+def _entries(node: Any) -> list[Any]:
+    """Of a list, not resolved; none where it is no list."""
+    if not isinstance(node, ListConfig):
+        return []
+    return [node._get_node(number) for number in range(len(node))]
+
+
+def _is_table(node: Any) -> TypeGuard[DictConfig]:
+    """And not a reference to one, or null."""
+    return isinstance(node, DictConfig) and isinstance(node._value(), dict)
+
+
+def _broken(cls: type, key: Any, entry: DictConfig) -> str | None:
     """The rule that the value of `key` breaks, as the end of a sentence; None for none."""
     names = [field.name for field in dataclasses.fields(cls)]
     if key not in names:
-        meant = closest(key, names)
+        meant = closest(str(key), names)
         hint = (
             f"; did you mean {' or '.join(meant)}?" if meant else f"; there are {', '.join(names)}"
         )

@@ -1,8 +1,9 @@
 """The YAML files that Hydra reads, looked at on the way: what it would pass unseen is refused.
 
-OmegaConf makes the text "False" of run_dir: off, and Hydra does not say in which entry of a list a
-key does not fit, or in which line. `launch.check` composes files without the keys that do not fit,
-so that each of them is told; Hydra stops at the first. Imports neither torch nor megatron-core.
+OmegaConf makes the text "False" of run_dir: off (looked for where a file's package is its folder or
+_global_), and Hydra does not say in which entry of a list a key does not fit, or in which line.
+`launch.check` composes files without the keys that do not fit, so that each of them is told; Hydra
+stops at the first. Imports neither torch nor megatron-core.
 """
 
 import re
@@ -33,9 +34,12 @@ class FilesRead:
         original = ConfigRepository.load_config
 
         def load_config(repository: ConfigRepository, config_path: str) -> Any:
-            result = original(repository, config_path)
+            name = config_path.removesuffix(".yaml")
+            try:
+                result = original(repository, config_path)
+            except UnicodeDecodeError as error:
+                raise ConfigError(f"{name}.yaml: it is not UTF-8: {error}") from None
             if result is not None and result.path.startswith("file://"):
-                name = config_path.removesuffix(".yaml")
                 self.paths[name] = Path(result.path.removeprefix("file://"), f"{name}.yaml")
                 if isinstance(result.config, DictConfig):  # or Hydra will say that it is none
                     self._look_at(result.config, name)

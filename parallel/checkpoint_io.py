@@ -165,7 +165,11 @@ def load(
             + "\nUse the settings it was saved with: the model, and what of it is trained."
         )
     once = _read_once(stored, counts, sources)
-    return _on_every_rank(lambda: _read(state, reader, sources, search, once), f"read {folder}")
+    what = f"read {folder}"
+    loaded = _on_every_rank(lambda: _read(state, reader, sources, search, once), what)
+    if _masters(sources):  # by itself: a rank that has failed does not begin with it
+        _on_every_rank(lambda: _read_masters(state, reader, sources), what)
+    return loaded
 
 
 def _read(
@@ -175,25 +179,31 @@ def _read(
     search: DamageSearch | None,
     once: set[str],
 ) -> dict[str, Any]:
-    """Fill `state`, each tensor from the stored one that `sources` names, or its namesake."""
-    # a master read from a weight comes second: one call wants one type for each stored tensor
-    masters = {name: sources[name] for name in sources if optimizer_state.is_master(name)}
+    """Fill `state`, each tensor from the stored one that `sources` names, or its namesake; but
+    those of `_masters`."""
+    masters = _masters(sources)
 
     def first(entry: Any) -> Any:
         return None if _name(entry) in masters else optimizer_state.renamed(entry, sources)
 
-    folder = str(reader.folder)
     with reading_directly(reader, search, once):
-        loaded = dist_checkpointing.load(optimizer_state.mapped(state, first), folder)
-    if masters:
-        second = [entry for entry in optimizer_state.leaves(state) if _name(entry) in masters]
-        tensors = {
-            str(index): optimizer_state.renamed(entry, masters)
-            for index, entry in enumerate(second)
-        }
-        with reading_directly(reader):
-            dist_checkpointing.load(tensors, folder)
-    return loaded
+        return dist_checkpointing.load(optimizer_state.mapped(state, first), str(reader.folder))
+
+
+def _masters(sources: dict[str, str]) -> dict[str, str]:
+    """Those read from a weight, which come second: one call wants one type for each stored tensor.
+    The same on all ranks."""
+    return {name: sources[name] for name in sources if optimizer_state.is_master(name)}
+
+
+def _read_masters(state: dict[str, Any], reader: CheckpointReader, sources: dict[str, str]) -> None:
+    masters = _masters(sources)
+    second = [entry for entry in optimizer_state.leaves(state) if _name(entry) in masters]
+    tensors = {
+        str(index): optimizer_state.renamed(entry, masters) for index, entry in enumerate(second)
+    }
+    with reading_directly(reader):
+        dist_checkpointing.load(tensors, str(reader.folder))
 
 
 def _name(entry: Any) -> str | None:

@@ -34,7 +34,7 @@ def save(
 
     runtime = initialize(parallel, 1)
     gpt = _gpt(model, rows, parallel, args)
-    torch.manual_seed(7)
+    torch.manual_seed(7 + dist.get_rank())  # or experts and halves could change places unseen
     for tensor in gpt.state_dict().values():
         if torch.is_tensor(tensor):
             tensor.add_(0.1 * torch.randn_like(tensor))

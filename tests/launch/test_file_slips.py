@@ -113,6 +113,43 @@ def test_commands_that_run_refuse_what_check_refuses(text: str, tmp_path: Path) 
     assert told.startswith(f"experiment/mine.yaml line 2: {REFUSED[text]}")
 
 
+REFERENCES = """
+defaults: [{override /hydra/launcher: submitit_slurm}]
+wandb: {tags: ["${model.name}", x]}
+data: {languages: ["${data.eod_token}"]}
+hydra: {launcher: {setup: ["cd ${hydra:runtime.cwd}"]}}
+"""
+
+
+def test_lists_may_refer_to_what_is_in_other_files(tmp_path: Path) -> None:
+    write(tmp_path, REFERENCES)
+    config = load([MODEL, "+experiment=mine", f"hydra.searchpath=[file://{tmp_path}]"])
+    assert config.wandb.tags == ["magneto_tiny", "x"]
+    assert not [one for one in errors([MODEL, "+experiment=mine"], tmp_path) if "mine.yaml" in one]
+
+
+def test_what_a_list_cannot_refer_to_is_said(tmp_path: Path) -> None:
+    write(tmp_path, "wandb: {tags: ['${model.nme}', x]}\n")
+    with pytest.raises(ConfigError, match=r"model\.nme"):
+        load([MODEL, "+experiment=mine", f"hydra.searchpath=[file://{tmp_path}]"])
+    assert any("model.nme" in text for text in errors([MODEL, "+experiment=mine"], tmp_path))
+
+
+def test_a_key_that_is_a_number(tmp_path: Path) -> None:
+    write(tmp_path, "data: {mixture: {stages: [{1: 2, from_tokens: 5}]}}\n")
+    (told, *_) = errors([MODEL, "+experiment=mine"], tmp_path)
+    start = "experiment/mine.yaml line 2: data.mixture.stages[0].1: there is no such setting"
+    assert told.startswith(start), told
+
+
+def test_a_file_that_is_not_utf_8(tmp_path: Path) -> None:
+    write(tmp_path, "")
+    (tmp_path / "experiment" / "mine.yaml").write_bytes(b"# \xff\n")
+    with pytest.raises(ConfigError, match=r"experiment/mine\.yaml: it is not UTF-8"):
+        load([MODEL, "+experiment=mine", f"hydra.searchpath=[file://{tmp_path}]"])
+    assert any("it is not UTF-8" in text for text in errors([MODEL, "+experiment=mine"], tmp_path))
+
+
 UNIMAX_NEEDS = ("data.mixture.budget", "data.mixture.max_epochs")
 
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
-from parallel import checkpoint_io, checkpoint_load, checkpoint_save
+from parallel import checkpoint_io, checkpoint_load, checkpoint_save, optimizer_state
 from parallel.checkpoint_io import CheckpointError, DamageSearch
 from parallel.checkpoint_load import _FileReader, reading_directly
 from parallel.checkpoint_manifest import Progress
@@ -117,6 +117,32 @@ def load_what_two_have_written(folder: Path) -> list[str]:
 def test_a_rank_reads_its_own_share_first(tmp_path: Path) -> None:
     names = ["__0_0.distcp", "__1_0.distcp"]
     assert run_on_gloo(2, load_what_two_have_written, tmp_path / "c") == [names, names[::-1]]
+
+
+def load_masters_where_one_rank_fails(folder: Path) -> str:
+    """From fp32, whose weights are the masters of bf16: what is read in a second go."""
+    checkpoint_io.save(entire({"w": W, "v": W}), folder, metadata={})
+    read = checkpoint_load._read
+
+    def fail(*args: Any) -> Any:
+        if dist.get_rank() == 1:
+            raise OSError("no such disk any more")
+        return read(*args)
+
+    master = optimizer_state._MASTER + "w"
+    wanted = {name: torch.zeros_like(W) for name in ("w", "v", master)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint_load, "_read", fail)
+        with pytest.raises(CheckpointError) as refused:
+            checkpoint_io.load(entire(wanted), folder)
+    checkpoint_io.load(entire(wanted), folder)
+    assert torch.equal(wanted["w"], W) and torch.equal(wanted[master], W)
+    return str(refused.value)
+
+
+def test_all_ranks_learn_of_one_that_cannot_read(tmp_path: Path) -> None:
+    said = run_on_gloo(2, load_masters_where_one_rank_fails, tmp_path / "c", timeout=30)
+    assert said[0] == said[1] and "rank 1" in said[0] and "no such disk any more" in said[0]
 
 
 def load_others(folder: Path) -> str:
