@@ -15,14 +15,14 @@ from pretrain.stop_signal import REPEAT_SECONDS, StopSignal, stop_signal
 ROOT = Path(__file__).resolve().parents[2]
 
 WORKER = """
-    import sys, threading, time
+    import os, sys, threading, time
     sys.path.insert(0, {root!r})
     from pretrain.stop_signal import StopSignal
 
     with StopSignal() as stop:
-        print("ready", flush=True)
+        os.write(1, b"ready\\n")  # print would write the end of a line by itself under torchrun
         {wait}
-    print("clean exit after", stop.requested, flush=True)
+    os.write(1, f"clean exit after {{stop.requested}}\\n".encode())
 """
 # C code that lets other threads run but no signal handler, for half a minute: like a collective
 STUCK = "import hashlib; hashlib.pbkdf2_hmac('sha256', b'', b'', 100_000_000)"
