@@ -24,8 +24,10 @@ from typing import NoReturn, cast
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.interrupted import say_interrupted
+from launch.whole_lines import write_whole_lines
 
 if __name__ == "__main__":
+    write_whole_lines()
     say_interrupted()  # also amid the imports below, which take a second
 
 import hydra
@@ -80,7 +82,8 @@ def launch(cfg: DictConfig) -> None:
             raise
         if not raised_by_us(error):
             raise
-        print(f"error on rank {os.environ.get('RANK', '0')}: {error}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        print(f"error on rank {rank}: {error}\n", end="", file=sys.stderr)  # one write
         sys.exit(2)
     # torchrun takes any other status than 0 for a failure; status.json says "stopped"
     if outcome.stopped_by and not {"TORCHELASTIC_RUN_ID", SWEEP_JOB} & os.environ.keys():

@@ -450,7 +450,8 @@ class FailureWatch:
         else:
             state = f"was still waiting after {self._grace(note):g} s and"
         print(
-            f"PeerFailed: {note.describe()}\n  rank {self.rank} {state} ends now; its stack:",
+            f"PeerFailed: {note.describe()}\n  rank {self.rank} {state} ends now; its stack:\n",
+            end="",  # one write, which other ranks' lines do not part
             file=sys.__stderr__,
             flush=True,
         )

@@ -296,7 +296,8 @@ class Stages:
         print(
             f'StartupTimeout: start-up stage "{name}": rank {place.rank} on {self.host} entered it'
             f" and is stuck there after parallel.startup_timeout_seconds={self.timeout:g};"
-            f" another rank may have died inside it.\n  look at: {self._look_at(name)}",
+            f" another rank may have died inside it.\n  look at: {self._look_at(name)}\n",
+            end="",  # one write, which other ranks' lines do not part
             file=sys.__stderr__,
             flush=True,
         )

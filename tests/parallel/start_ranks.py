@@ -22,6 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from launch.whole_lines import write_whole_lines
 from parallel import runtime
 from parallel.config import ParallelConfig
 
@@ -112,6 +113,7 @@ def start(roles: list[str], port: int, timeout: float) -> list[dict] | None:
 
 def main() -> None:
     if "RANK" in os.environ:
+        write_whole_lines()  # as the launcher does
         timeout, *roles = sys.argv[1:]
         play(roles[int(os.environ["RANK"])], float(timeout))
         return
