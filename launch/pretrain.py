@@ -24,10 +24,8 @@ from typing import NoReturn, cast
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.interrupted import say_interrupted
-from launch.whole_lines import write_whole_lines
 
 if __name__ == "__main__":
-    write_whole_lines()
     say_interrupted()  # also amid the imports below, which take a second
 
 import hydra
@@ -43,6 +41,7 @@ from launch.repeated_words import repeated
 from launch.schema import register, validated
 from launch.setting_names import CONF
 from launch.slurm_environment import adopt_slurm_ranks
+from launch.whole_lines import write_whole_lines
 from parallel.config import ConfigError
 from pretrain.stop_signal import stop_signal
 
@@ -115,6 +114,7 @@ def folder_of_job(overrides: str) -> str:
 
 
 def main() -> None:
+    write_whole_lines()
     say_interrupted()  # for the command magnetron-pretrain
     register()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra passes errors on instead of wording them itself

@@ -17,7 +17,7 @@ import shutil
 import threading
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -165,10 +165,12 @@ def load(
             + "\nUse the settings it was saved with: the model, and what of it is trained."
         )
     once = _read_once(stored, counts, sources)
+    # those read from a weight come second: one call wants one type for each stored tensor
+    masters = {name: sources[name] for name in sources if optimizer_state.is_master(name)}
     what = f"read {folder}"
-    loaded = _on_every_rank(lambda: _read(state, reader, sources, search, once), what)
-    if _masters(sources):  # by itself: a rank that has failed does not begin with it
-        _on_every_rank(lambda: _read_masters(state, reader, sources), what)
+    loaded = _on_every_rank(lambda: _read(state, reader, sources, masters, search, once), what)
+    if masters:  # by itself: a rank that has failed does not begin with it
+        _on_every_rank(lambda: _read_masters(state, reader, masters), what)
     return loaded
 
 
@@ -176,12 +178,12 @@ def _read(
     state: dict[str, Any],
     reader: CheckpointReader,
     sources: dict[str, str],
+    masters: Container[str],
     search: DamageSearch | None,
     once: set[str],
 ) -> dict[str, Any]:
-    """Fill `state`, each tensor from the stored one that `sources` names, or its namesake; but
-    those of `_masters`."""
-    masters = _masters(sources)
+    """Fill `state`, each tensor from the stored one that `sources` names, or its namesake;
+    `masters` are left as they are."""
 
     def first(entry: Any) -> Any:
         return None if _name(entry) in masters else optimizer_state.renamed(entry, sources)
@@ -190,14 +192,7 @@ def _read(
         return dist_checkpointing.load(optimizer_state.mapped(state, first), str(reader.folder))
 
 
-def _masters(sources: dict[str, str]) -> dict[str, str]:
-    """Those read from a weight, which come second: one call wants one type for each stored tensor.
-    The same on all ranks."""
-    return {name: sources[name] for name in sources if optimizer_state.is_master(name)}
-
-
-def _read_masters(state: dict[str, Any], reader: CheckpointReader, sources: dict[str, str]) -> None:
-    masters = _masters(sources)
+def _read_masters(state: dict[str, Any], reader: CheckpointReader, masters: dict[str, str]) -> None:
     second = [entry for entry in optimizer_state.leaves(state) if _name(entry) in masters]
     tensors = {
         str(index): optimizer_state.renamed(entry, masters) for index, entry in enumerate(second)

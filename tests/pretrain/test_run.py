@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -77,6 +77,21 @@ def losses(run_dir: Path) -> dict[int, float]:
     return {record["step"]: record["train/loss"] for record in records if "train/loss" in record}
 
 
+def wait_until_closed(folder: Path) -> None:
+    """Until no process has a file below `folder` open."""
+    deadline = time.monotonic() + 30
+    while any(opened.startswith(f"{folder}/") for opened in open_files()):
+        assert time.monotonic() < deadline, f"a process still writes below {folder}"
+        time.sleep(0.01)
+
+
+def open_files() -> Iterator[str]:
+    """Of all processes that may be looked at."""
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        with suppress(OSError):  # closed since, or another user's
+            yield os.readlink(link)
+
+
 FOUR = ("parallel=tp2_pp2", "model.hidden_dropout=0.1")
 
 
@@ -88,6 +103,7 @@ def whole(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory)
     with ForkedRun(4, launcher(*words), environment, tmp_path_factory.mktemp("log")) as run:
         # what megatron-core says when ranks hold different plain values
         assert "state dict differs" not in finish(run)
+    wait_until_closed(run_dir)  # W&B's process ends its log a moment after the ranks have left
     return run_dir
 
 
