@@ -6,7 +6,7 @@ Imports neither torch nor megatron-core.
 import dataclasses
 import typing
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 from omegaconf import DictConfig, ListConfig, Node, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -23,7 +23,7 @@ def take_out_slips(config: DictConfig, file: str, path: Path) -> dict[str, list[
     for setting, cls in _lists().items():
         where = _place_of(config, setting)
         for number, entry in enumerate(_entries(_node_at(config, where))):
-            for own in entry if _is_table(entry) else ():
+            for own in entry if isinstance(entry, DictConfig) else ():
                 key, rule = str(own), _broken(cls, own, entry)
                 if rule is None:
                     continue
@@ -34,7 +34,7 @@ def take_out_slips(config: DictConfig, file: str, path: Path) -> dict[str, list[
         if setting not in told:
             continue
         for entry in _entries(_node_at(config, _place_of(config, setting))):
-            if _is_table(entry):
+            if isinstance(entry, DictConfig):
                 for slip in [key for key in entry if _broken(cls, key, entry)]:
                     del entry[slip]
     return told
@@ -50,7 +50,7 @@ def take_out_switches(config: DictConfig, file: str, path: Path) -> dict[str, li
     def look(node: DictConfig, above: str) -> None:
         for key in list(map(str, node)):
             name, value = f"{above}{key}", node._get_node(key)
-            if _is_table(value):
+            if isinstance(value, DictConfig):
                 look(value, f"{name}.")
                 continue
             setting = next((s for s in (name, f"{group}.{name}") if s in settings()), None)
@@ -97,7 +97,7 @@ def _place_of(config: Any, setting: str) -> str:
 def _has(config: DictConfig, name: str) -> bool:
     above, _, last = name.rpartition(".")
     node = _node_at(config, above)
-    return _is_table(node) and node._get_node(last) is not None
+    return isinstance(node, DictConfig) and node._get_node(last) is not None
 
 
 def _node_at(config: DictConfig, name: str) -> Any:
@@ -105,7 +105,7 @@ def _node_at(config: DictConfig, name: str) -> Any:
     another file."""
     node: Any = config
     for part in name.split(".") if name else ():
-        node = node._get_node(part) if _is_table(node) else None
+        node = node._get_node(part) if isinstance(node, DictConfig) else None
     return node
 
 
@@ -114,11 +114,6 @@ def _entries(node: Any) -> list[Any]:
     if not isinstance(node, ListConfig):
         return []
     return [node._get_node(number) for number in range(len(node))]
-
-
-def _is_table(node: Any) -> TypeGuard[DictConfig]:
-    """And not a reference to one, or null."""
-    return isinstance(node, DictConfig) and isinstance(node._value(), dict)
 
 
 def _broken(cls: type, key: Any, entry: DictConfig) -> str | None:

@@ -3,7 +3,9 @@
 from pathlib import Path
 
 import pytest
+from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from data.config import Weighting
 from launch.composition import compose_what_fits
@@ -203,6 +205,14 @@ def test_rules_of_all_rooms_are_told_together() -> None:
 def test_explain_leaves_other_words_alone() -> None:
     assert explain(ConfigError("a", "b")).problems == ("a", "b")
     assert explain(ValueError("as it is")).problems == ("as it is",)
+
+
+def test_explain_says_what_hydra_gives_no_words_for() -> None:
+    """As around any error of OmegaConf that comes outside of a file and an override."""
+    error = ConfigCompositionException()
+    assert explain(error).problems == ("ConfigCompositionException",)
+    error.__cause__ = OmegaConfBaseException("two\nlines")
+    assert explain(error).problems == ("two lines",)
 
 
 def test_shipped_models_are_those_hydra_composes() -> None:
